@@ -1,0 +1,23 @@
+"""Windowed causal attention in the most obvious way: the specification that every kernel is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(num_queries: int, num_keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Which keys each query sees, (Tq, Tk) bool. The last query sits on the last key; query i sees keys i-window+1 … i."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None, :]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def attention_naive(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """softmax(q kᵀ · scale) v under ``visible``. q (B, Hq, Tq, D); k, v (B, Hkv, Tk, D), Hq a multiple of Hkv. Returns (B, Hq, Tq, D)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], window, q.device), float("-inf"))
+    return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(dim=-1), v)
