@@ -1,0 +1,29 @@
+"""The module whose forward is the training loss: the root unit of sharding and the only thing the trainer calls."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ttt_lit.model.decoder import Decoder
+from ttt_lit.ttt.inner import Mode
+from ttt_lit.ttt.scan import SequenceLoss, sequence_loss
+
+
+class TTTModel(nn.Module):
+    """A decoder read under TTT-E2E.
+
+    Going through ``forward`` matters when sharded: FSDP gathers the root's parameters (suffix, final norm, head) there, and the scan
+    then reads them freely.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, tokens: Tensor, *, mode: Mode, chunk: int, inner_lr: float, clip: float, recompute: bool
+    ) -> SequenceLoss:
+        """Losses of tokens (B, T+1) int64; the arguments are those of ``sequence_loss``."""
+        return sequence_loss(
+            self.decoder, tokens, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, recompute=recompute
+        )
