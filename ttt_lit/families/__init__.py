@@ -1,0 +1,36 @@
+"""The one table of checkpoint families, and how a config.json chooses from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ttt_lit.families import qwen2, ttt_e2e
+from ttt_lit.families.family import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2.FAMILY, ttt_e2e.FAMILY)}
+
+
+def family_named(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"unknown checkpoint family {name!r}; known are {sorted(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that a parsed config.json belongs to, by its ``model_type``.
+
+    Raises:
+        ValueError: no or an unknown ``model_type``; the message lists the known ones.
+    """
+    wanted = config.get("model_type")
+    for family in FAMILIES.values():
+        if wanted in family.model_types:
+            return family
+    known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
+    raise ValueError(f"config.json: model_type is {wanted!r}, expected one of {known}")

@@ -1,0 +1,228 @@
+"""Qwen2 and Qwen2.5: grouped queries, q/k/v biases, no q/k norm, head tied or not.
+
+Fields and defaults are those of ``transformers`` 5.23's ``Qwen2Config``. Both spellings of the rotary base are read:
+``rope_theta`` with ``rope_scaling`` (published configs) and ``rope_parameters`` (transformers 5). What the spec cannot
+express is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ttt_lit.families.config_fields import MAX_LAYERS, read_bool, read_choice, read_float, read_int
+from ttt_lit.families.family import Family, Shapes, Source
+from ttt_lit.families.keys import RenameRules, Rule
+from ttt_lit.model.spec import LayerSpec, ModelSpec
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+LAYER_KINDS = ("full_attention", "sliding_attention")
+
+RULES = RenameRules(
+    (
+        Rule(theirs="model.embed_tokens.weight", ours="embed_tokens.weight"),
+        Rule(theirs="model.layers.{layer}.input_layernorm.weight", ours="layers.{layer}.input_layernorm.weight"),
+        Rule(theirs="model.layers.{layer}.self_attn.{part}", ours="layers.{layer}.self_attn.{part}"),
+        # Qwen names the norm before the MLP after what it follows; ours is named after what it precedes.
+        Rule(
+            theirs="model.layers.{layer}.post_attention_layernorm.weight",
+            ours="layers.{layer}.pre_feedforward_layernorm.weight",
+        ),
+        Rule(theirs="model.layers.{layer}.mlp.{part}", ours="layers.{layer}.mlp.{part}"),
+        Rule(theirs="model.norm.weight", ours="norm.weight"),
+        Rule(theirs="lm_head.weight", ours="lm_head.weight"),
+    )
+)
+
+
+def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    """The model that a Qwen2 config.json describes.
+
+    Raises:
+        ValueError: a field that is missing, of the wrong kind, or asks for what is not implemented, by name.
+    """
+    _refuse_unsupported(config)
+    heads = read_int(config, "num_attention_heads")
+    hidden = read_int(config, "hidden_size")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    kv_heads = heads if config.get("num_key_value_heads", 0) is None else read_int(config, "num_key_value_heads")
+    base = _rope_base(config)
+    return ModelSpec(
+        vocab_size=read_int(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read_int(config, "intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads if config.get("head_dim") is None else read_int(config, "head_dim"),
+        layers=tuple(LayerSpec(window=window, rope_base=base) for window in _windows(config)),
+        norm_eps=read_float(config, "rms_norm_eps", default=1e-6),
+        qkv_bias=True,
+        activation=read_choice(config, "hidden_act", ACTIVATIONS, default="silu"),
+        tied_head=read_bool(config, "tie_word_embeddings", default=False),
+    )
+
+
+def config_from_spec(spec: ModelSpec, source: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json for ``spec``; fields of ``source`` that still hold are kept as they are.
+
+    Raises:
+        ValueError: something that a Qwen2 model cannot be; the message lists it all.
+    """
+    problems = _not_expressible(spec)
+    if problems:
+        raise ValueError("a qwen2 config.json cannot express: " + "; ".join(problems))
+    config = dict(source) if source is not None else {}
+    # The code it points to is not part of a checkpoint folder.
+    config.pop("auto_map", None)
+    if source is not None and spec_from_config(config) == spec:
+        return config
+    config.update(_fields(spec, config))
+    if spec_from_config(config) != spec:
+        raise ValueError("the exported config.json would not mean the same model: this is a defect, please report it")
+    return config
+
+
+def _fields(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
+    for old in ("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "head_dim"):
+        config.pop(old, None)
+    hidden_act = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == spec.activation)
+    fields: dict[str, Any] = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "hidden_act": hidden_act,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tied_head,
+        # Read by every version of transformers; version 5 moves it into rope_parameters by itself.
+        "rope_theta": spec.layers[0].rope_base,
+    }
+    if spec.head_dim * spec.num_heads != spec.hidden_size:
+        fields["head_dim"] = spec.head_dim
+    return fields | _window_fields([layer.window for layer in spec.layers])
+
+
+def _window_fields(windows: list[int | None]) -> dict[str, Any]:
+    sliding = [i for i, window in enumerate(windows) if window is not None]
+    if not sliding:
+        return {"use_sliding_window": False, "max_window_layers": len(windows)}
+    fields: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": windows[sliding[0]],
+        "max_window_layers": sliding[0],
+    }
+    if len(sliding) != len(windows) - sliding[0]:
+        fields["layer_types"] = [LAYER_KINDS[window is not None] for window in windows]
+    return fields
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """Per layer, as ``Qwen2Config`` resolves its four window fields."""
+    count = read_int(config, "num_hidden_layers", most=MAX_LAYERS)
+    window = None
+    if read_bool(config, "use_sliding_window", default=False) and config.get("sliding_window", 0) is not None:
+        window = read_int(config, "sliding_window", default=4096)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ValueError(f"config.json: max_window_layers is {first!r}, expected a whole number from 0")
+        return [window if i >= first else None for i in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in LAYER_KINDS for kind in kinds):
+        raise ValueError(f"config.json: layer_types needs {count} entries of {LAYER_KINDS}, got {str(kinds)[:200]}")
+    if window is None and LAYER_KINDS[1] in kinds:
+        raise ValueError(
+            "config.json: layer_types has sliding_attention but no window: set use_sliding_window and sliding_window"
+        )
+    return [window if kind == LAYER_KINDS[1] else None for kind in kinds]
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    """The rotary base, from wherever the config says it; two places that disagree are an error."""
+    names = [name for name in ("rope_parameters", "rope_scaling") if config.get(name) is not None]
+    if not names:
+        return read_float(config, "rope_theta", default=10_000.0)
+    if len(names) > 1 and config[names[0]] != config[names[1]]:
+        raise ValueError("config.json: rope_parameters and rope_scaling disagree: remove the wrong one")
+    name = names[0]
+    rope = config[name]
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: {name} is {rope!r}, expected an object or null")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("type", kind) != kind:
+        raise ValueError(f"config.json: {name} asks for rope type {kind!r}; only 'default' (no scaling) is implemented")
+    unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+    if unknown:
+        raise ValueError(f"config.json: {name} has the fields {unknown}, which are not implemented")
+    if "rope_theta" not in rope:
+        return read_float(config, "rope_theta", default=10_000.0)
+    base = read_float(rope, "rope_theta")
+    if "rope_theta" in config and read_float(config, "rope_theta") != base:
+        raise ValueError(f"config.json: rope_theta is {config['rope_theta']}, {name} says {base}: remove the wrong one")
+    return base
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if config.get("quantization_config") is not None:
+        raise ValueError("config.json: quantization_config is set; quantised checkpoints are not supported")
+    if config.get("use_mrope"):
+        raise ValueError("config.json: use_mrope is set; multimodal rotary embedding is not implemented")
+    if config.get("attention_dropout"):
+        raise ValueError(
+            f"config.json: attention_dropout is {config['attention_dropout']!r}; dropout is not implemented"
+        )
+
+
+def _not_expressible(spec: ModelSpec) -> list[str]:
+    fixed = {
+        "norm_unit_offset": False,
+        "pre_norms": True,
+        "post_norms": False,
+        "qk_norm": False,
+        "qkv_bias": True,
+        "embedding_scale": 1.0,
+        "score_scale": None,
+    }
+    problems = [
+        f"{name}={getattr(spec, name)} (always {value})"
+        for name, value in fixed.items()
+        if getattr(spec, name) != value
+    ]
+    if primes := [i for i, layer in enumerate(spec.layers) if layer.prime is not None]:
+        problems.append(f"prime MLPs (layers {primes})")
+    if spec.ttt_layers:
+        problems.append(f"fast weights (layers {list(spec.ttt_layers)})")
+    if len(bases := sorted({layer.rope_base for layer in spec.layers})) > 1:
+        problems.append(f"several RoPE bases {bases}")
+    if len(windows := sorted({layer.window for layer in spec.layers if layer.window is not None})) > 1:
+        problems.append(f"different windows in different layers {windows}")
+    return problems
+
+
+def _sources(spec: ModelSpec) -> dict[str, Source]:
+    return {ours: Source(key=theirs) for ours, theirs in RULES.map_to_theirs(spec.parameter_shapes()).items()}
+
+
+def _stored_shapes(spec: ModelSpec) -> Shapes:
+    shapes = spec.parameter_shapes()
+    return {source.key: shapes[ours] for ours, source in _sources(spec).items()}
+
+
+def _dropped(spec: ModelSpec) -> dict[str, str]:
+    return {}
+
+
+FAMILY = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    spec_from_config=spec_from_config,
+    config_from_spec=config_from_spec,
+    stored_shapes=_stored_shapes,
+    sources=_sources,
+    dropped=_dropped,
+)
