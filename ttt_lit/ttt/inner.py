@@ -29,22 +29,15 @@ class InnerLoop:
     """Step size of the inner SGD."""
     clip: float = 1.0
     """Limit on the global norm of one sequence's inner gradient over all fast weights. 0: no clipping."""
-    lr_init: float = 0.1
-    """Factor on ``lr`` from which the inner warm-up starts, where a stage asks for one."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.clip < 0 or not 0 <= self.lr_init <= 1:
-            raise ValueError(f"inner: got {self}, expected lr >= 0, clip >= 0 (0 = none) and lr_init between 0 and 1")
+        if not (self.lr >= 0 and self.clip >= 0):
+            raise ValueError(f"inner: got lr {self.lr} and clip {self.clip}, expected both at least 0 (clip 0 = none)")
 
 
 def check_mode(mode: str) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
-
-
-def warmed_lr(lr: float, first: float, progress: float) -> float:
-    """The inner learning rate while it warms up linearly from ``first`` to ``lr``; ``progress`` counts from 0 and stops at 1."""
-    return first + (lr - first) * min(1.0, progress)
 
 
 def clip_factor(squared_norm: Tensor, clip: float) -> Tensor:

@@ -1,0 +1,84 @@
+"""The outer optimiser: AdamW over fixed groups, its state made up front, and gradient clipping that sees every shard.
+
+All groups and all state exist from the first step of a run. Adding a group at a stage transition breaks resume, and a sharded save of
+missing state advances Adam's step count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+PRIME = ("prime_mlp.", "pre_prime_layernorm.", "post_prime_layernorm.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW as in the paper: decay on every parameter, embeddings and norms included."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Limit on the global norm of the outer gradient. 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        if not (self.eps > 0 and self.weight_decay >= 0 and self.clip_norm >= 0):
+            raise ValueError(f"optim: got {self}, expected eps > 0, weight_decay >= 0 and clip_norm >= 0 (0 = none)")
+
+
+def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with the groups ``base`` and ``prime`` (the second may be empty), learning rate 0 until a schedule sets it, zero state."""
+    named = list(parameters)
+    groups = {
+        "base": [p for name, p in named if not is_prime(name)],
+        "prime": [p for name, p in named if is_prime(name)],
+    }
+    optimizer = torch.optim.AdamW(
+        [{"name": name, "params": params} for name, params in groups.items() if params],
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    zero_state(optimizer)
+    return optimizer
+
+
+def is_prime(name: str) -> bool:
+    """Whether a parameter belongs to a prime MLP or its norms."""
+    return any(part in name for part in PRIME)
+
+
+@torch.no_grad()
+def zero_state(optimizer: torch.optim.Optimizer) -> None:
+    """Fresh AdamW state, in place: moments and step counts zero for every parameter, whether it has had a gradient or not."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            for value in state.values():
+                value.zero_()
+
+
+def set_lr(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:
+    """Learning rate per group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients to global norm ``limit`` if they exceed it (0: never). Returns the norm before, over all shards."""
+    with_grad = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, limit, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,228 @@
+"""Check this implementation against golden files of the official TTT-E2E reference.
+
+The losses and gradients come from the code that ``fit`` trains with: ``TTTModel``, ``build_optimizer``, ``clip_gradients`` and the
+learning-rate schedules. Only the reading of the file and the error measures live here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ttt_lit.families.ttt_e2e import spec_from_case, state_from_reference, state_to_reference, switched_off
+from ttt_lit.model.decoder import Decoder
+from ttt_lit.model.spec import ModelSpec
+from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, set_lr
+from ttt_lit.train.schedule import InnerLRSchedule
+from ttt_lit.ttt.inner import Mode
+from ttt_lit.ttt.model import TTTModel
+
+LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3}
+FINAL_LIMIT = 1e-3
+
+# The reference's outer optimiser in the training cases: linear warm-up over 2 steps, cosine to step 10, constant from there.
+_PEAK_LR, _FINAL_LR, _WARMUP_STEPS, _DECAY_STEPS = 1e-3, 1e-5, 2, 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A golden file in memory; tensors as stored (float32)."""
+
+    name: str
+    config: dict[str, Any]
+    spec: ModelSpec
+    tensors: dict[str, Tensor]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    @property
+    def mode(self) -> Mode:
+        if self.config["mode"] == "meta":
+            return "meta"
+        return "static" if self.config["prime"] else "none"
+
+
+@dataclass(frozen=True)
+class CaseErrors:
+    """Relative errors ‖a − b‖ / ‖b‖ of one case at one precision; ``losses`` and ``final`` only where the case trains."""
+
+    name: str
+    dtype: torch.dtype
+    loss: float
+    nll: float
+    grad: float
+    worst: str
+    losses: float | None = None
+    final: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        limit = LIMITS[self.dtype]
+        exact = [self.loss, self.nll, self.grad] + ([self.losses] if self.losses is not None else [])
+        # Written so that a NaN fails.
+        return all(error <= limit for error in exact) and (self.final is None or self.final <= FINAL_LIMIT)
+
+    def fields(self) -> dict[str, str]:
+        fields = {
+            "loss_err": f"{self.loss:.1e}",
+            "nll_err": f"{self.nll:.1e}",
+            "grad_err": f"{self.grad:.1e}",
+            "worst": self.worst,
+        }
+        if self.losses is not None and self.final is not None:
+            fields |= {"losses_err": f"{self.losses:.1e}", "final_err": f"{self.final:.1e}"}
+        return fields
+
+
+def read_case(path: str | Path) -> Case:
+    """Read a golden file. FileNotFoundError or ValueError in one line where it is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such golden file")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+    try:
+        config = json.loads(metadata["config"])
+        case = Case(path.stem, config, spec_from_case(config), tensors)
+        missing = {"tokens", "loss", "token_nll"} - tensors.keys()
+        if int(config["steps"]) > 1:
+            missing |= {"losses"} - tensors.keys()
+        if missing:
+            raise ValueError(f"tensors {sorted(missing)} are missing")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a golden file: {error}") from error
+    return case
+
+
+def check_case(case: Case, dtype: torch.dtype, *, recompute: bool = True) -> CaseErrors:
+    """Run one case in ``dtype`` and measure its errors against the file."""
+    model = _load(case, dtype)
+    tokens = case.tensors["tokens"].long()
+    out = _forward(model, case, tokens[0], step=0, recompute=recompute)
+    out.loss.backward()
+    gradients = state_to_reference(case.spec, _gradients(model), _shapes(case.group("grad.")))
+    by_tensor = {name: error(gradients[name], stored) for name, stored in case.group("grad.").items()}
+    worst = max(by_tensor, key=lambda name: _orderable(by_tensor[name]))
+    losses = final = None
+    if case.config["steps"] > 1:
+        losses, final = _train(case, dtype, recompute=recompute)
+    return CaseErrors(
+        name=case.name,
+        dtype=dtype,
+        loss=error(out.loss.reshape(1), case.tensors["loss"]),
+        nll=error(out.token_nll, case.tensors["token_nll"]),
+        grad=by_tensor[worst],
+        worst=worst,
+        losses=losses,
+        final=final,
+    )
+
+
+def error(ours: Tensor, stored: Tensor) -> float:
+    """‖ours − stored‖ / ‖stored‖ in float64; where the reference is exactly zero, anything else is infinitely wrong."""
+    ours, stored = ours.detach().double(), stored.double()
+    difference, size = torch.linalg.vector_norm(ours - stored).item(), torch.linalg.vector_norm(stored).item()
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return difference / size
+
+
+def check_reference(files: list[str]) -> int:
+    """Check golden files in float64 and float32; one line a file. Returns the exit status: 1 if any error is above its limit."""
+    failed = False
+    for path in files:
+        case = read_case(path)
+        exact, single = (check_case(case, dtype) for dtype in (torch.float64, torch.float32))
+        fields = exact.fields() | {f"float32_{name}": value for name, value in single.fields().items() if name != "worst"}
+        passed = exact.passed and single.passed
+        print(case.name, *(f"{name}={value}" for name, value in fields.items()), "ok" if passed else "FAILED", flush=True)
+        failed |= not passed
+    return int(failed)
+
+
+def _load(case: Case, dtype: torch.dtype) -> TTTModel:
+    with torch.device("meta"):
+        decoder = Decoder(case.spec)
+    weights = {name: tensor.to(dtype) for name, tensor in case.group("weight.").items()}
+    decoder.load_state_dict(state_from_reference(case.spec, weights), assign=True)
+    return TTTModel(decoder)
+
+
+def _forward(model: TTTModel, case: Case, tokens: Tensor, *, step: int, recompute: bool) -> Any:
+    return model(
+        tokens,
+        mode=case.mode,
+        chunk=case.config["chunk"],
+        inner_lr=inner_lr(case.config, step),
+        clip=case.config["clip"],
+        recompute=recompute,
+    )
+
+
+def inner_lr(config: dict[str, Any], step: int) -> float:
+    """The inner learning rate at outer step ``step`` of a case."""
+    warmup, target = config.get("ilr_warmup", 0), config["ilr"]
+    if not warmup or not target:
+        return target
+    steps = max(warmup, config["steps"])
+    schedule = InnerLRSchedule(warmup_share=warmup / steps, initial_ratio=config["ilr_init"] / target)
+    return schedule.lr(target, min(1.0, (step + 1) / steps))
+
+
+def outer_lr(step: int) -> float:
+    """The reference's outer learning rate at step 0, 1, …; the very first step has rate 0."""
+    if step < _WARMUP_STEPS:
+        return _PEAK_LR * step / _WARMUP_STEPS
+    progress = min(1.0, (step - _WARMUP_STEPS) / (_DECAY_STEPS - _WARMUP_STEPS))
+    return _FINAL_LR + (_PEAK_LR - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _train(case: Case, dtype: torch.dtype, *, recompute: bool) -> tuple[float, float]:
+    model = _load(case, dtype)
+    initial = {name: tensor.to(torch.float64) for name, tensor in case.group("weight.").items()}
+    # A norm that the case switches off has no parameter here; the reference stores it, gives it no gradient, and decays it.
+    idle = {name: nn.Parameter(initial[name].to(dtype)) for name in switched_off(case.spec, initial)}
+    config = OptimConfig(clip_norm=1.0)
+    optimizer = build_optimizer([*model.named_parameters(), *idle.items()], config)
+    losses = []
+    for step, tokens in enumerate(case.tensors["tokens"].long()):
+        optimizer.zero_grad()
+        out = _forward(model, case, tokens, step=step, recompute=recompute)
+        out.loss.backward()
+        for p in [*model.parameters(), *idle.values()]:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        clip_gradients(model.parameters(), config.clip_norm)
+        set_lr(optimizer, {"base": outer_lr(step), "prime": outer_lr(step)})
+        optimizer.step()
+        losses.append(out.loss.detach())
+    ours = state_to_reference(case.spec, model.decoder.state_dict(), _shapes(case.group("weight.")))
+    ours.update({name: p.detach() for name, p in idle.items()})
+    final = case.group("final.")
+    finals = [error(ours[name].double() - initial[name], stored.double() - initial[name]) for name, stored in final.items()]
+    return error(torch.stack(losses), case.tensors["losses"]), max(finals, key=_orderable)
+
+
+def _gradients(model: TTTModel) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.decoder.named_parameters()
+    }
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _orderable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
