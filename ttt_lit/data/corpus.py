@@ -136,6 +136,8 @@ def hugging_face_documents(source: str, text_field: str) -> Iterator[Document]:
 
 
 def _valid_unicode(text: str) -> str:
-    if text.isascii():
+    try:
+        text.encode()
         return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

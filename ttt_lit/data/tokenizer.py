@@ -1,0 +1,161 @@
+"""The model's own tokenizer, made to read nothing but text: special tokens never arise from it, and every token's bytes are known.
+
+Two kinds are understood: byte-level BPE (a token is a string over an alphabet of 256 characters, one per byte) and
+SentencePiece-style BPE with byte fallback (a piece is text with ``▁`` for the space, or ``<0xNN>`` for one byte).
+Anything else has no exact table of bytes and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+SPACE_PIECE = "▁"
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizer:
+    """A tokenizer reduced to what reading text needs."""
+
+    name: str
+    """The folder or hub id it was loaded from."""
+    hash: str
+    """Identity: see ``tokenizer_hash``."""
+    vocab_size: int
+    """Largest token id + 1, added tokens included. A model's embedding may be longer (padding), never shorter."""
+    eos_id: int
+    """The token between documents."""
+    token_bytes: np.ndarray
+    """(vocab_size,) int32: bytes of normalised text that a token stands for; 0 for tokens that never arise from text."""
+    forbidden: np.ndarray
+    """(vocab_size,) bool: tokens that never arise from text."""
+    definition: str
+    """The JSON of a ``tokenizers.Tokenizer`` that encodes text, without special tokens, post-processor, padding or truncation."""
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """Load a Hugging Face tokenizer folder, or a hub id that is no folder. Code that comes with a tokenizer is never run."""
+    folder = tokenizer_folder(name)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except ImportError as error:
+        message = str(error).strip().splitlines()[0]
+        raise ValueError(f"tokenizer {name}: needs a package that is missing ({message}); pip install sentencepiece==0.2.3") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"tokenizer {name}: {type(tokenizer).__name__} has no fast form; expected a folder with tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}")
+    full = json.loads(backend.to_str())
+    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    vocab_size = max(vocabulary.values()) + 1
+    blocked = special_strings(full) | {tokenizer.eos_token}
+    forbidden = np.ones(vocab_size, dtype=bool)
+    forbidden[[index for token, index in vocabulary.items() if token not in blocked]] = False
+    byte_level = _is_byte_level(full, name)
+    token_bytes = np.zeros(vocab_size, dtype=np.int32)
+    for token, index in vocabulary.items():
+        token_bytes[index] = 0 if forbidden[index] else count_bytes(token, byte_level=byte_level)
+    return TextTokenizer(
+        name=name,
+        hash=tokenizer_hash(folder),
+        vocab_size=vocab_size,
+        eos_id=int(tokenizer.eos_token_id),
+        token_bytes=token_bytes,
+        forbidden=forbidden,
+        definition=json.dumps(text_only(full, blocked), ensure_ascii=False),
+    )
+
+
+def tokenizer_folder(name: str) -> Path:
+    """The local folder of a tokenizer; a hub id is fetched first (tokenizer files only, no code, no pickles)."""
+    folder = Path(name)
+    if not folder.is_dir() and _is_hub_id(name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["tokenizer*", "spiece.model", "special_tokens_map.json"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"tokenizer {name}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}); "
+                "give the model's folder, or log in with `hf auth login` and accept the model's licence on its page"
+            ) from error
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise FileNotFoundError(f"tokenizer {name}: expected a folder with one of {', '.join(TOKENIZER_FILES)}; give the model's folder")
+    return folder
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Identity of a tokenizer: SHA-256 (hex) of its ``tokenizer.json``, else of its SentencePiece model."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    raise FileNotFoundError(f"tokenizer {folder}: expected a folder with one of {', '.join(TOKENIZER_FILES)}")
+
+
+def special_strings(full: dict[str, Any]) -> set[str]:
+    """Strings that mean something else than themselves: special tokens, added ones that the base vocabulary does not know, byte pieces.
+
+    Added tokens that the base vocabulary knows and that are not special stay (runs of spaces in Gemma): the model reads them as text.
+    """
+    vocabulary = full["model"]["vocab"]
+    added = {token["content"] for token in full["added_tokens"] if token["special"] or token["content"] not in vocabulary}
+    unknown = full["model"].get("unk_token")
+    return added | ({unknown} if unknown else set())
+
+
+def text_only(full: dict[str, Any], blocked: set[str]) -> dict[str, Any]:
+    """The tokenizer without ``blocked`` strings: neither recognised in the text nor reachable by merges, as byte pieces are not either."""
+    model = dict(full["model"])
+    unreachable = blocked.union(BYTE_PIECES) if model.get("byte_fallback") else blocked
+    model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in unreachable]
+    added = [token for token in full["added_tokens"] if token["content"] not in blocked]
+    return full | {"model": model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+
+
+def count_bytes(token: str, *, byte_level: bool) -> int:
+    """Bytes of text that a token stands for."""
+    if byte_level:
+        return len(token)
+    if token in BYTE_PIECES:
+        return 1
+    return len(token.replace(SPACE_PIECE, " ").encode())
+
+
+def _is_byte_level(full: dict[str, Any], name: str) -> bool:
+    model = full["model"]
+    if model["type"] == "BPE":
+        if _mentions(full["pre_tokenizer"], "ByteLevel"):
+            return True
+        if model.get("byte_fallback") and all(piece in model["vocab"] for piece in BYTE_PIECES):
+            return False
+    raise ValueError(
+        f"tokenizer {name}: bytes per token are exact for byte-level BPE and for BPE with byte fallback and all 256 byte pieces; "
+        f"got {model['type']} with neither"
+    )
+
+
+def _mentions(part: Any, kind: str) -> bool:
+    if isinstance(part, dict):
+        return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
+    return isinstance(part, list) and any(_mentions(value, kind) for value in part)
+
+
+def _merged(merge: Any) -> str:
+    # Old files write a merge as "a b", new ones as ["a", "b"].
+    return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
+
+
+def _is_hub_id(name: str) -> bool:
+    # A path has a leading dot or slash, or more than one slash; ORGANISATION/NAME has neither.
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).parent.is_dir()
