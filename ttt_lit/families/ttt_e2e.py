@@ -150,7 +150,7 @@ def state_to_reference(
 
 
 def switched_off(spec: ModelSpec, stored: Mapping[str, Any]) -> dict[str, str]:
-    """The names of ``stored`` that the case switches off, so that the spec has no parameter for them, with the reason."""
+    """The names of ``stored`` that the case switches off, so that the spec has no use for them, with the reason."""
     used = _stored_shapes(spec)
     return {name: reason for name, reason in _SWITCHED_OFF.items() if name in stored and name not in used}
 
