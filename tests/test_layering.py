@@ -42,6 +42,7 @@ STANDARD_LIBRARY_ONLY = (
     "ttt_lit.model.spec",
     "ttt_lit.model.flops",
     "ttt_lit.experiment.record",
+    "ttt_lit.experiment.findings",
     "ttt_lit.experiment.report",
     *(f"ttt_lit.train.{name}" for name in ("budget", "ledger", "schedule", "divergence")),
 )

@@ -1,0 +1,118 @@
+"""The run record: what is written comes back, and nothing else gets in."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from ttt_lit.experiment import record as record_module
+from ttt_lit.experiment.record import Model, RunRecord
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-record.md"
+
+
+def test_write_and_read_back_a_full_record(tmp_path, make_record):
+    written = make_record()
+    written.write(tmp_path / "deep" / "record.json")
+    assert RunRecord.read(tmp_path / "deep" / "record.json") == written
+    assert RunRecord.read(tmp_path / "deep") == written
+    assert os.listdir(tmp_path / "deep") == ["record.json"]
+
+
+def test_a_run_that_has_only_begun_is_a_record_too():
+    begun = RunRecord(run_id="r", experiment="e", model=Model(num_parameters=1, num_layers=1, ttt_layers=[]))
+    assert RunRecord.from_dict(json.loads(json.dumps(begun.to_dict()))) == begun
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path, make_record):
+    path = tmp_path / "record.json"
+    make_record().write(path)
+    before = path.read_bytes()
+    broken = make_record()
+    broken.stages[0].train_loss_mean = math.nan
+    with pytest.raises(ValueError, match=r"record\.stages\[0\]\.train_loss_mean: got nan"):
+        broken.write(path)
+    assert path.read_bytes() == before
+
+
+def test_nan_is_null_and_only_in_a_diverged_run(tmp_path, make_record):
+    diverged = make_record()
+    diverged.status, diverged.reason = "diverged", "stage C, step 12: the loss is nan"
+    diverged.stages[1].transition.after = math.nan
+    diverged.stages[1].train_loss_last_tenth = math.inf
+    diverged.write(tmp_path / "record.json")
+    assert "NaN" not in (tmp_path / "record.json").read_text()
+    again = RunRecord.read(tmp_path)
+    assert math.isnan(again.stages[1].transition.after)
+    assert again.stages[1].train_loss_last_tenth is None
+
+    data = diverged.to_dict() | {"status": "finished", "reason": None}
+    with pytest.raises(ValueError, match=r"record\.stages\[1\]\.transition\.after: got None, expected a number"):
+        RunRecord.from_dict(data)
+
+
+def _broken(record, change):
+    data = json.loads(json.dumps(record.to_dict()))
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.update(schema_version=2), "schema_version: got 2, expected 1"),
+        (lambda d: d.pop("schema_version"), "schema_version: got None"),
+        (lambda d: d.update(colour="red"), "record: got unknown fields ['colour']"),
+        (lambda d: d["stages"][1].pop("mode"), "record.stages[1]: got unknown fields [] and misses fields ['mode']"),
+        (lambda d: d["stages"][0].update(mode="off"), "record.stages[0].mode: got 'off', expected one of"),
+        (lambda d: d["stages"][0].update(context="256"), "record.stages[0].context: got '256'"),
+        (lambda d: d["stages"][0].update(context=True), "record.stages[0].context: got True"),
+        (lambda d: d["stages"][0].update(windows=[1.5]), "record.stages[0].windows[0]: got 1.5"),
+        (lambda d: d["totals"]["gpu_seconds"].update(compute="3"), "record.totals.gpu_seconds.compute: got '3'"),
+        (lambda d: d.update(status="done"), "record.status: got 'done'"),
+        (lambda d: d.update(status="failed"), "record.reason: got None with status 'failed'"),
+        (lambda d: d.update(reason="because"), "expected no reason"),
+        (lambda d: d.update(stages={}), "record.stages: got {}, expected a list"),
+        (lambda d: d.update(git=None), "record.git: got None, expected an object"),
+    ],
+)
+def test_reading_is_strict_and_names_the_field(tmp_path, change, message, make_record):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(_broken(make_record(), change)))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        RunRecord.read(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema_version": NaN}'])
+def test_broken_files_are_one_line_errors_that_name_the_file(tmp_path, text):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not a readable run record") as error:
+        RunRecord.read(tmp_path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_record_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "record.json"))):
+        RunRecord.read(tmp_path)
+
+
+def test_the_documentation_lists_exactly_the_schema():
+    """Per section of the page: the fields in the first column of its table."""
+    sections = re.split(r"^## ", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    documented = {}
+    for section in sections:
+        name = section.split("\n", 1)[0].strip().strip("`")
+        documented[name] = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    kinds = [kind for kind in vars(record_module).values() if dataclasses.is_dataclass(kind)]
+    schema = {kind.__name__: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
+    assert {name: sorted(fields) for name, fields in documented.items() if fields} == {
+        name: sorted(fields) for name, fields in schema.items()
+    }

@@ -1,0 +1,160 @@
+"""The report says what the records say, the bad news included."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ttt_lit.experiment.report import console, markdown, report
+
+
+def says(record, *parts):
+    text = console([record])
+    missing = [part for part in parts if part not in text]
+    assert not missing, f"{missing} not in\n{text}"
+    return text
+
+
+def test_a_run_that_works(make_record):
+    text = says(
+        make_record(),
+        "The run finished: 491,520 tokens in 2 stages.",
+        "The inner loop helps at the end of C, context 1,024",
+        "Its advantage grows along the context",
+        "the loss is flat beyond the window",
+        "Prime MLPs inserted, into C: loss 3.50000 before, 3.50000 after: equal to 1e-05, as promised.",
+        "4.600 → 3.610",
+        "4.500 → 2.900",
+        "245,760",
+    )
+    assert not any(alarm in text for alarm in ("HURTS", "NO DIFFERENCE", "NOT", "BROKEN", "VALIDATION TOOK"))
+
+
+def test_an_inner_loop_that_hurts_is_said(make_record):
+    worse = (4.7, 4.0, 3.8, 3.7, 3.7, 3.75)
+    text = says(make_record(on=worse), "THE INNER LOOP HURTS at the end of C", "DOES NOT GROW")
+    assert "helps" not in text
+
+
+def test_an_inner_loop_without_effect_is_said(make_record):
+    same = make_record().stages[0].validations[0]
+    losses = tuple(bucket.nats_per_token - 0.004 for bucket in same.buckets)
+    text = says(make_record(on=losses), "THE INNER LOOP MAKES NO DIFFERENCE at the end of C")
+    assert "helps" not in text
+
+
+def test_an_advantage_that_does_not_grow_is_said(make_record):
+    shifted = tuple(bucket.nats_per_token - 0.3 for bucket in make_record().stages[0].validations[0].buckets)
+    says(make_record(on=shifted), "The inner loop helps", "Its advantage DOES NOT GROW")
+
+
+@pytest.mark.parametrize(
+    "end, verb", [((3.60, 3.50, 3.45), "it falls by 0.133"), ((3.60, 3.7, 3.75), "it rises by 0.133")]
+)
+def test_a_window_that_is_not_flat_is_said(make_record, end, verb):
+    text = says(make_record(swa=(4.6, 3.9, 3.7, *end)), "B1 with the inner loop off", "THE LOSS IS NOT FLAT", verb)
+    assert "C with the inner loop off, window 256, context 1,024: the loss is flat" in text
+
+
+def test_a_context_within_the_window_shows_nothing_and_dense_layers_claim_nothing(make_record):
+    says(make_record(windows=(1024, 1024)), "does not reach beyond the window")
+    assert "beyond the window" not in console([make_record(windows=(256, None))])
+
+
+def test_a_broken_promise_is_said(make_record):
+    says(
+        make_record(after=3.6),
+        "PROMISE BROKEN: prime MLPs inserted, into C: loss 3.50000 before, 3.60000 after",
+        "BROKEN",
+    )
+
+
+def test_an_allowed_jump_is_reported_as_one(make_record):
+    record = make_record(after=3.6)
+    record.stages[1].transition.preserves = False
+    assert "BROKEN" not in says(record, "a jump of +0.100 nats per token", "jump allowed")
+
+
+def test_too_much_validation_is_said(make_record):
+    says(make_record(validation_seconds=50.0), "VALIDATION TOOK 25% of the run's device time (limit 10%)")
+
+
+def test_an_unfinished_run_says_why_and_still_reports(make_record):
+    record = make_record()
+    record.status, record.reason = "diverged", "stage C, step 12: the loss is nan"
+    record.stages[1].transition.after = float("nan")
+    record.stages[1].validations = []
+    record.stages[1].throughput = None
+    record.stages[1].spent.optimizer_steps = 12
+    says(record, "status is diverged (stage C, step 12: the loss is nan)", "PROMISE BROKEN", "12 of 60")
+
+
+def test_a_loss_that_is_no_number_is_no_effect(make_record):
+    record = make_record()
+    record.status, record.reason = "diverged", "stage C, step 12: the loss is nan"
+    nan = float("nan")
+    for validation in record.stages[1].validations:
+        validation.nats_per_token = nan
+        for bucket in validation.buckets:
+            bucket.nats_per_token = nan
+    text = says(record, "The effect of the inner loop at the end of C, context 1,024 is UNKNOWN", "UNKNOWN beyond")
+    assert not any(word in text for word in ("helps", "HURTS", "NO DIFFERENCE"))
+
+
+def test_a_run_without_stages_is_reported(make_record):
+    record = make_record()
+    record.status, record.stages = "running", []
+    says(record, "status is running: what follows")
+
+
+def test_markdown_and_console_hold_the_same_cells_and_sentences(make_record):
+    records = [make_record(), make_record(run_id="demo-2", after=3.6)]
+    records[1].stages[1].transition.kind = "a | b"
+    text, page = console(records), markdown(records)
+    for line in page.splitlines():
+        if line.startswith("- "):
+            assert line in text
+        elif line.startswith("| ") and not line.startswith("| ---"):
+            cells = [cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")]
+            assert all(cell.replace("\0", "|") in text for cell in cells)
+    widths = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| demo")}
+    assert widths == {13, 11, 8}
+
+
+def test_report_reads_folders_and_files_prints_and_writes(tmp_path, make_record, capsys):
+    make_record().write(tmp_path / "a" / "record.json")
+    make_record(run_id="demo-2").write(tmp_path / "b.json")
+    text = report([str(tmp_path / "a"), str(tmp_path / "b.json")], str(tmp_path / "out" / "report.md"))
+    assert capsys.readouterr().out.strip() == text.strip()
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "What demo-1 shows" in page
+    assert "What demo-2 shows" in page
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_missing_or_broken_record_is_named_in_one_line_and_nothing_is_written(tmp_path, make_record, content):
+    make_record().write(tmp_path / "good" / "record.json")
+    (tmp_path / "bad").mkdir()
+    if content is not None:
+        (tmp_path / "bad" / "record.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        report([str(tmp_path / "good"), str(tmp_path / "bad")], str(tmp_path / "report.md"))
+    assert str(tmp_path / "bad" / "record.json") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_no_run_is_an_error():
+    with pytest.raises(ValueError, match="got no run"):
+        report([])
+
+
+def test_a_report_needs_neither_torch_nor_numpy(tmp_path, make_record):
+    make_record().write(tmp_path / "record.json")
+    code = (
+        "import sys; from ttt_lit.experiment.report import report; report(sys.argv[1:]); "
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "What demo-1 shows" in result.stdout

@@ -1,0 +1,344 @@
+"""The run record: one JSON file per run that holds everything a report needs. Documented in ``docs/run-record.md``.
+
+Reading is strict: unknown or missing fields, wrong types, other schema versions and non-finite numbers are errors that
+name the file and the field. A loss that became NaN is written as null, and only a diverged run may contain such a null.
+Standard library only, so a report starts at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+RECORD_NAME = "record.json"
+
+Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
+Mode = Literal["none", "static", "meta", "first_order"]
+
+
+@dataclass(kw_only=True)
+class Start:
+    """Where the weights came from."""
+
+    source: str | None = None
+    """The checkpoint that the run started from; null: from nothing."""
+    lineage: list[Any] = field(default_factory=list)
+    """The start checkpoint's lineage, as stored with it."""
+    receipt: dict[str, Any] = field(default_factory=dict)
+    """Which tensors were inherited, new or dropped."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The network at the start of the run."""
+
+    num_parameters: int
+    num_layers: int
+    ttt_layers: list[int]
+    spec: dict[str, Any] = field(default_factory=dict)
+    """The whole model spec."""
+
+
+@dataclass(kw_only=True)
+class Environment:
+    """What the run ran on. No host name."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    """Package → version, Python included."""
+    device: str = "cpu"
+    num_devices: int = 1
+    kernels: list[str] = field(default_factory=list)
+    """Attention kernels that really ran."""
+
+
+@dataclass(kw_only=True)
+class Git:
+    """State of the source tree; nulls where there is none."""
+
+    revision: str | None = None
+    dirty: bool | None = None
+
+
+@dataclass(kw_only=True)
+class Planned:
+    """A stage's budget: whole optimiser steps, or compute device-seconds."""
+
+    optimizer_steps: int | None = None
+    tokens: int | None = None
+    gpu_seconds: float | None = None
+
+
+@dataclass(kw_only=True)
+class Spent:
+    """What was consumed, over all ranks."""
+
+    optimizer_steps: int = 0
+    micro_batches: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    gpu_seconds: dict[str, float] = field(default_factory=dict)
+    """Device-seconds per account: compute, validation, checkpoint, compile."""
+
+
+@dataclass(kw_only=True)
+class Transition:
+    """Proof of the conversion into a stage: one fixed batch in float32 at this stage's context."""
+
+    kind: str
+    """What was converted, in words."""
+    preserves: bool
+    """Whether the function must not change."""
+    before: float
+    """Nats per token as the stage before computes it, without the inner loop."""
+    after: float
+    """Nats per token as this stage computes it, without inner updates."""
+    tolerance: float
+    """Largest |after − before| allowed where the function is preserved."""
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+    @property
+    def held(self) -> bool:
+        """Whether the promise, if there is one, was kept. NaN keeps none."""
+        return not self.preserves or abs(self.difference) <= self.tolerance
+
+
+@dataclass(kw_only=True)
+class Bucket:
+    """Mean loss over the positions start … stop − 1."""
+
+    start: int
+    stop: int
+    nats_per_token: float
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """One pass over held-out documents."""
+
+    inner: Literal["on", "off"]
+    """Whether the inner loop updated the fast weights."""
+    context: int
+    nats_per_token: float
+    bits_per_byte: float
+    blocks: int
+    tokens: int
+    bytes: int
+    buckets: list[Bucket]
+    """Loss by position, in order, without gaps from 0 to the context."""
+    curve: str | None = None
+    """Array file with the loss at every position, relative to the record."""
+
+
+@dataclass(kw_only=True)
+class Norms:
+    """Summary of the inner update norms of a stage."""
+
+    mean: float
+    minimum: float
+    maximum: float
+    last: float
+    count: int
+    """Measurements (chunks × sequences × steps that were looked at)."""
+
+
+@dataclass(kw_only=True)
+class Throughput:
+    """Speed of a stage's compute account, over all devices."""
+
+    tokens_per_second: float
+    seconds_per_1k_tokens: float
+    flop_per_token: float
+    """By the analytic count."""
+    flop_per_second: float
+    peak_memory_gib: float | None = None
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One stage of the run."""
+
+    name: str
+    mode: Mode
+    context: int
+    windows: list[int | None]
+    """Window of each layer in tokens; null: dense."""
+    planned: Planned
+    spent: Spent = field(default_factory=Spent)
+    carry: Literal["all", "params"] = "all"
+    """What of the stage before was carried: optimiser state too, or weights only."""
+    train_loss_first: float | None = None
+    """Nats per token at the first optimiser step."""
+    train_loss_mean: float | None = None
+    train_loss_last_tenth: float | None = None
+    """Mean over the last 10 % of the optimiser steps."""
+    transition: Transition | None = None
+    """Null for a run's first stage, if nothing was converted."""
+    validations: list[Validation] = field(default_factory=list)
+    """At the end of the stage: inner loop off and on, for every context that was looked at."""
+    inner_update_norms: Norms | None = None
+    throughput: Throughput | None = None
+
+
+@dataclass(kw_only=True)
+class EvaluationPoint:
+    """One point of the series on a fixed subset, for cost to a target loss."""
+
+    stage: str
+    tokens: int
+    """Trained so far in the run."""
+    gpu_seconds: float
+    """Compute device-seconds so far in the run."""
+    inner_on: float | None = None
+    """Nats per token; null: not measured."""
+    inner_off: float | None = None
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """Everything about one run."""
+
+    run_id: str
+    experiment: str
+    status: Status = "running"
+    reason: str | None = None
+    """Why the run did not finish; null while it runs and when it finished."""
+    started: str | None = None
+    """UTC, ISO 8601."""
+    ended: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration."""
+    start: Start = field(default_factory=Start)
+    model: Model
+    environment: Environment = field(default_factory=Environment)
+    git: Git = field(default_factory=Git)
+    stages: list[Stage] = field(default_factory=list)
+    evaluations: list[EvaluationPoint] = field(default_factory=list)
+    totals: Spent = field(default_factory=Spent)
+    parents: list[str] = field(default_factory=list)
+    """Run ids of every run that made the start checkpoint, oldest first."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. ValueError naming the field if a number is not finite and the run did not diverge."""
+        _check_status(self)
+        plain: dict[str, Any] = _encode(dataclasses.asdict(self), "record", self.status == "diverged")
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RunRecord:
+        """Inverse of ``to_dict``; strict. Nulls of a diverged run in fields that must be numbers come back as NaN."""
+        if not isinstance(data, dict):
+            raise ValueError(f"record: got {type(data).__name__}, expected an object")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version: got {version!r}, expected {SCHEMA_VERSION}; use the ttt_lit that wrote it"
+            )
+        record: RunRecord = _decode(cls, data, "record", data.get("status") == "diverged")
+        _check_status(record)
+        return record
+
+    def write(self, path: Path) -> None:
+        """Replace the file in one step: a reader sees the old record or the new one, never half of it."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """The record in a file or a run's folder. FileNotFoundError or ValueError in one line that names the file."""
+        path = path / RECORD_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no run record; expected a run folder with {RECORD_NAME}, as fit writes it"
+            )
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a readable run record: {error}") from error
+
+
+def _check_status(record: RunRecord) -> None:
+    needs_reason = record.status in ("diverged", "interrupted", "failed")
+    if needs_reason != (record.reason is not None):
+        expected = "a reason" if needs_reason else "no reason"
+        raise ValueError(f"record.reason: got {record.reason!r} with status {record.status!r}, expected {expected}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"got the number {name}, expected null")
+
+
+def _encode(value: Any, where: str, diverged: bool) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        if diverged:
+            return None
+        raise ValueError(f"{where}: got {value}, expected a finite number unless status is 'diverged'")
+    if isinstance(value, dict):
+        return {str(key): _encode(item, f"{where}.{key}", diverged) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, f"{where}[{index}]", diverged) for index, item in enumerate(value)]
+    return value
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(kind: Any, value: Any, where: str, diverged: bool) -> Any:
+    """``value`` checked against the annotation ``kind``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is types.UnionType:
+        inner = next(argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _decode(inner, value, where, diverged)
+    if origin is Literal:
+        _expect(value in arguments, value, where, f"one of {arguments}")
+        return value
+    if origin is list:
+        _expect(isinstance(value, list), value, where, "a list")
+        return [_decode(arguments[0], item, f"{where}[{index}]", diverged) for index, item in enumerate(value)]
+    if origin is dict:
+        _expect(isinstance(value, dict), value, where, "an object")
+        return {key: _decode(arguments[1], item, f"{where}.{key}", diverged) for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return _decode_object(kind, value, where, diverged)
+    if kind is float:
+        if value is None and diverged:
+            return math.nan
+        _expect(isinstance(value, (int, float)) and not isinstance(value, bool), value, where, "a number")
+        return float(value)
+    _expect(type(value) is kind, value, where, f"a value of type {kind.__name__}")
+    return value
+
+
+def _decode_object(kind: Any, value: Any, where: str, diverged: bool) -> Any:
+    _expect(isinstance(value, dict), value, where, "an object")
+    hints = _hints(kind)
+    unknown, missing = sorted(set(value) - set(hints)), sorted(set(hints) - set(value))
+    if unknown or missing:
+        raise ValueError(
+            f"{where}: got unknown fields {unknown} and misses fields {missing}, expected the schema's fields"
+        )
+    return kind(**{name: _decode(hints[name], item, f"{where}.{name}", diverged) for name, item in value.items()})
+
+
+def _expect(condition: bool, value: Any, where: str, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}: got {value!r:.80}, expected {expected}")

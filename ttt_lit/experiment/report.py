@@ -1,0 +1,188 @@
+"""A summary of runs: records in, tables and sentences out. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ttt_lit.experiment.findings import findings, window_of
+from ttt_lit.experiment.record import RunRecord, Stage, Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Cells are strings; the first column is left-aligned, the others too unless they hold numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def text(self) -> str:
+        """For a terminal: columns padded to their widest cell."""
+        columns = list(zip(self.header, *self.rows, strict=True))
+        widths = [max(len(cell) for cell in column) for column in columns]
+        right = [any(cell[:1].isdigit() or cell[:1] in "+-−" for cell in column[1:]) for column in columns]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if to_right else cell.ljust(width)
+                for cell, width, to_right in zip(row, widths, right, strict=True)
+            ).rstrip()
+            for row in (self.header, *self.rows)
+        ]
+        return "\n".join([self.title, lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+    def markdown(self) -> str:
+        rows = [self.header, tuple("---" for _ in self.header), *self.rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        return "\n".join([f"### {self.title}", "", *lines])
+
+
+def report(runs: list[str], output: str | None = None) -> str:
+    """Print the summary of some runs; with ``output``, write it as Markdown too.
+
+    Parameters:
+        runs: run folders or record files.
+        output: Markdown file to write.
+
+    Returns the console text.
+
+    Raises:
+        FileNotFoundError, ValueError: a missing or broken record, in one line that names the file.
+    """
+    if not runs:
+        raise ValueError("report: got no run, expected at least one run folder, as in: report runs/EXPERIMENT/ID")
+    records = [RunRecord.read(Path(run)) for run in runs]
+    text = console(records)
+    if output is not None:
+        path = Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(markdown(records), encoding="utf-8")
+        os.replace(temporary, path)
+    print(text)
+    return text
+
+
+def console(records: Sequence[RunRecord]) -> str:
+    """The summary for a terminal."""
+    blocks = [table.text() for table in tables(records)]
+    for record in records:
+        blocks.append("\n".join([f"What {record.run_id} shows", *(f"  - {line}" for line in findings(record))]))
+    return "\n\n".join(blocks)
+
+
+def markdown(records: Sequence[RunRecord]) -> str:
+    """The summary as a Markdown document."""
+    blocks = ["# Report", *(table.markdown() for table in tables(records))]
+    for record in records:
+        blocks.append("\n".join([f"### What {record.run_id} shows", "", *(f"- {line}" for line in findings(record))]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def tables(records: Sequence[RunRecord]) -> list[Table]:
+    """The tables that have at least one row; runs and stages in the given order."""
+    made = [_stages(records), _validations(records), _transitions(records)]
+    return [table for table in made if table.rows]
+
+
+def _stages(records: Sequence[RunRecord]) -> Table:
+    rows = []
+    for record in records:
+        for stage in record.stages:
+            speed = stage.throughput.tokens_per_second if stage.throughput else None
+            seconds = stage.spent.gpu_seconds
+            rows.append(
+                (
+                    record.run_id,
+                    stage.name,
+                    stage.mode,
+                    f"{stage.context:,}",
+                    _windows(stage),
+                    _steps(stage),
+                    f"{stage.spent.tokens:,}",
+                    _number(seconds.get("compute"), 1),
+                    _number(seconds.get("validation"), 1),
+                    _number(stage.train_loss_first, 3),
+                    _number(stage.train_loss_last_tenth, 3),
+                    _number(speed, 0),
+                )
+            )
+    header = ("run", "stage", "mode", "context", "window", "steps", "tokens", "GPU-s", "validation GPU-s")
+    return Table(
+        title="Stages (losses in nats per token)",
+        header=(*header, "first loss", "last 10 %", "tokens/s"),
+        rows=tuple(rows),
+    )
+
+
+def _validations(records: Sequence[RunRecord]) -> Table:
+    rows = []
+    for record in records:
+        for stage in record.stages:
+            for context in dict.fromkeys(validation.context for validation in stage.validations):
+                by_inner = {v.inner: v for v in stage.validations if v.context == context}
+                off, on = by_inner.get("off"), by_inner.get("on")
+                rows.append((record.run_id, stage.name, f"{context:,}", *_off_and_on(off, on)))
+    header = ("run", "stage", "context", "TTT off", "TTT on", "on − off", "bits/byte off", "bits/byte on")
+    return Table(
+        title="Validation (nats per token; first and last position bucket)",
+        header=(*header, "off: first → last", "on: first → last"),
+        rows=tuple(rows),
+    )
+
+
+def _off_and_on(off: Validation | None, on: Validation | None) -> tuple[str, ...]:
+    difference = f"{on.nats_per_token - off.nats_per_token:+.3f}" if off and on else "–"
+    return (
+        _number(off.nats_per_token if off else None, 3),
+        _number(on.nats_per_token if on else None, 3),
+        difference,
+        _number(off.bits_per_byte if off else None, 3),
+        _number(on.bits_per_byte if on else None, 3),
+        _ends(off),
+        _ends(on),
+    )
+
+
+def _transitions(records: Sequence[RunRecord]) -> Table:
+    rows = []
+    for record in records:
+        for stage in record.stages:
+            proof = stage.transition
+            if proof is None:
+                continue
+            outcome = "jump allowed" if not proof.preserves else "held" if proof.held else "BROKEN"
+            before, after = f"{proof.before:.5f}", f"{proof.after:.5f}"
+            row = (record.run_id, stage.name, proof.kind, before, after, f"{proof.difference:+.1e}", outcome)
+            rows.append(row)
+    return Table(
+        title="Transitions (one fixed batch, float32, nats per token)",
+        header=("run", "into", "conversion", "before", "after", "difference", "equality"),
+        rows=tuple(rows),
+    )
+
+
+def _steps(stage: Stage) -> str:
+    planned = stage.planned.optimizer_steps
+    done = f"{stage.spent.optimizer_steps:,}"
+    return done if planned in (None, stage.spent.optimizer_steps) else f"{done} of {planned:,}"
+
+
+def _windows(stage: Stage) -> str:
+    if all(window is None for window in stage.windows):
+        return "dense"
+    window = window_of(stage)
+    return f"{window:,}" if window is not None and len(set(stage.windows)) == 1 else "mixed"
+
+
+def _ends(validation: Validation | None) -> str:
+    if validation is None or not validation.buckets:
+        return "–"
+    first, last = validation.buckets[0], validation.buckets[-1]
+    return f"{first.nats_per_token:.3f} → {last.nats_per_token:.3f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
