@@ -1,7 +1,8 @@
 """Documents of a corpus, in an order that depends on nothing but the source.
 
-A source is a folder, a glob or one file of ``.txt``, ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst`` or ``.parquet``; ``stdlib``, the sources of
-the running Python's standard library; or ``hf:org/name``, a Hugging Face dataset (needs the optional package ``datasets``).
+A source is a folder, a glob or one file of ``.txt``, ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst`` or ``.parquet``;
+``stdlib``, the sources of the running Python's standard library; or ``hf:org/name``, a Hugging Face dataset (needs the
+optional package ``datasets``).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Document:
 class Corpus:
     """The documents of ``source``. Iterating always yields the same documents in the same order.
 
-    ``text_field`` names the field (``.jsonl``) or column (``.parquet``, Hugging Face) that holds the text.
-    Raises FileNotFoundError for a source without files and ValueError, naming file and line, for one that cannot be read.
+    ``text_field`` names the field (``.jsonl``) or column (``.parquet``, Hugging Face) that holds the text. Raises
+    FileNotFoundError for a source without files and ValueError, naming file and line, for one that cannot be read.
     """
 
     def __init__(self, source: str, text_field: str = "text") -> None:
@@ -106,7 +107,8 @@ def find_files(source: str) -> list[tuple[str, Path]]:
         root, wanted = Path(source).parent, [Path(source)]
     else:
         raise FileNotFoundError(
-            f"source {source}: no such folder, glob or text file ({', '.join(SUFFIXES)}); or name '{STDLIB}' or '{HUGGING_FACE}org/name'"
+            f"source {source}: no such folder, glob or text file ({', '.join(SUFFIXES)}); or name '{STDLIB}' or"
+            f" '{HUGGING_FACE}org/name'"
         )
     if not wanted:
         raise FileNotFoundError(f"source {source}: holds no file ending in {', '.join(SUFFIXES)}; put the texts there")
@@ -127,11 +129,16 @@ def hugging_face_documents(source: str, text_field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"source {source}: needs the optional package datasets; install it: pip install datasets==5.2.0") from error
+        raise ValueError(
+            f"source {source}: needs the optional package datasets; install it: pip install datasets==5.2.0"
+        ) from error
     rows: Any = datasets.load_dataset(name, subset or None, split="train", streaming=True)
     for number, row in enumerate(rows):
         if not isinstance(row.get(text_field), str):
-            raise ValueError(f"source {source}, row {number}: no text in column {text_field!r}; columns are {sorted(row)}: set text_field")
+            raise ValueError(
+                f"source {source}, row {number}: no text in column {text_field!r}; columns are {sorted(row)}: set"
+                " text_field"
+            )
         yield Document(f"{name}:{number}", _valid_unicode(row[text_field]))
 
 

@@ -1,4 +1,5 @@
-"""Documents → token ids, in order, in this process or in several. Light to import: worker processes load neither torch nor transformers."""
+"""Documents → token ids, in order, in this process or in several. Light to import: worker processes load neither
+torch nor transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _worker_tokenizer: Any = None
 def encode_documents(documents: Iterable[Document], definition: str, num_workers: int) -> Iterator[Encoded]:
     """Yield every document with its token ids, in the order given, whatever ``num_workers``.
 
-    0 encodes in this process, with the threads that the ``tokenizers`` library takes; n > 0 in n processes of one thread each.
+    0 encodes in this process, with the threads that the ``tokenizers`` library takes; n > 0 in n processes of one
+    thread each.
     """
     batches = batch_documents(documents)
     if num_workers == 0:
@@ -74,7 +76,10 @@ def build_tokenizer(definition: str) -> Any:
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, (tokens,) int32, without special tokens."""
-    return [np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return [
+        np.array(encoding.ids, dtype=np.int32)
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 def _start_worker(definition: str) -> None:

@@ -51,7 +51,8 @@ class SplitEntry:
     normalized_bytes: int
     """Bytes of the documents' texts, whole, as the tokenizer normalises them."""
     stored_bytes: int
-    """Bytes, as normalised, of the tokens in the shards. Less than normalized_bytes where a document's rest fills no block."""
+    """Bytes, as normalised, of the tokens in the shards. Less than normalized_bytes where a document's rest fills no
+    block."""
     blocks: int
     """Whole blocks of context + 1 tokens: what is served at the folder's own context."""
     tokens_not_served: int
@@ -106,11 +107,13 @@ class Manifest:
         return entry
 
     def num_blocks(self, split: str, block_tokens: int) -> int:
-        """Blocks of ``block_tokens`` tokens that the split can serve. A per_document folder has its own block size only."""
+        """Blocks of ``block_tokens`` tokens that the split can serve. A per_document folder has its own block size
+        only."""
         if self.layout == "per_document" and block_tokens != self.block_tokens:
             raise ValueError(
-                f"block_tokens: got {block_tokens}, but the folder is per_document with blocks of {self.block_tokens} tokens "
-                f"(context {self.context} + 1); prepare another with context {block_tokens - 1}, or layout packed"
+                f"block_tokens: got {block_tokens}, but the folder is per_document with blocks of {self.block_tokens}"
+                f" tokens (context {self.context} + 1); prepare another with context {block_tokens - 1}, or layout"
+                " packed"
             )
         return self.side(split).tokens // block_tokens
 
@@ -123,7 +126,9 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             partial = " (unfinished; the command continues it)" if partial_folder(folder).is_dir() else ""
-            raise FileNotFoundError(f"data folder {folder}: no {MANIFEST} there{partial}; run: {prepare_command(folder)}")
+            raise FileNotFoundError(
+                f"data folder {folder}: no {MANIFEST} there{partial}; run: {prepare_command(folder)}"
+            )
         try:
             data = json.loads(path.read_text())
             version = data["format_version"]
@@ -141,12 +146,15 @@ class Manifest:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: missing, the manifest lists it; {remake(folder)}")
             if path.stat().st_size != entry.bytes:
-                raise ValueError(f"{path}: damaged, got {path.stat().st_size} bytes, expected {entry.bytes}; {remake(folder)}")
+                raise ValueError(
+                    f"{path}: damaged, got {path.stat().st_size} bytes, expected {entry.bytes}; {remake(folder)}"
+                )
         if how == "full":
             for entry in self.files:
                 if sha256_of(folder / entry.file) != entry.sha256:
                     raise ValueError(
-                        f"{folder / entry.file}: damaged or from another data set, its SHA-256 is not the manifest's; {remake(folder)}"
+                        f"{folder / entry.file}: damaged or from another data set, its SHA-256 is not the manifest's;"
+                        f" {remake(folder)}"
                     )
 
 

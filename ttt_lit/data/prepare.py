@@ -1,7 +1,8 @@
 """Corpus → tokens → LitData shards and a manifest.
 
-The output depends on the documents, the tokenizer and the config, never on the number of workers: tokenising is spread over processes
-and put back in order, one process writes. The folder grows as ``OUTPUT.partial`` and gets its name when it is complete.
+The output depends on the documents, the tokenizer and the config, never on the number of workers: tokenising is spread
+over processes and put back in order, one process writes. The folder grows as ``OUTPUT.partial`` and gets its name when
+it is complete.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class PrepareConfig:
     """What to prepare. One YAML file in configs/data holds one."""
 
     source: str
-    """Folder, glob or file of .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet; 'stdlib'; or 'hf:org/name' ('hf:org/name:subset')."""
+    """Folder, glob or file of .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet; 'stdlib'; or 'hf:org/name'
+    ('hf:org/name:subset')."""
     tokenizer: str
     """The model's tokenizer: a Hugging Face folder, or a hub id."""
     output: str
@@ -42,9 +44,11 @@ class PrepareConfig:
     context: int
     """Tokens that a model reads at once. Blocks hold one more; documents of fewer tokens are left out."""
     layout: Layout
-    """packed: documents one after another, blocks cross them. per_document: a document's whole blocks only, none crosses a document."""
+    """packed: documents one after another, blocks cross them. per_document: a document's whole blocks only, none
+    crosses a document."""
     train_tokenizer: int | None = None
-    """Vocabulary size of a byte-level BPE to train on the train documents where the tokenizer folder does not exist. None: it must exist."""
+    """Vocabulary size of a byte-level BPE to train on the train documents where the tokenizer folder does not exist.
+    None: it must exist."""
     text_field: str = "text"
     """Field or column that holds the text, for formats that have several."""
     validation_fraction: float = 0.05
@@ -116,7 +120,9 @@ def _finished(config: PrepareConfig, output: Path) -> Manifest | None:
     if config.train_tokenizer is not None:
         _make_tokenizer(config, progress=False)
     if folder.is_dir() and tokenizer_hash(folder) != manifest.tokenizer_hash:
-        raise ValueError(f"output {output}: made with another tokenizer than {folder} holds now; delete it or name another output")
+        raise ValueError(
+            f"output {output}: made with another tokenizer than {folder} holds now; delete it or name another output"
+        )
     manifest.verify(output, "size")
     return manifest
 
@@ -129,7 +135,9 @@ def _check_same(config: PrepareConfig, found: dict[str, Any], folder: Path) -> N
         if found.get(key) != expected.get(key)
     ]
     if different:
-        raise ValueError(f"output {folder}: made with another config ({'; '.join(different)}); delete it or name another output")
+        raise ValueError(
+            f"output {folder}: made with another config ({'; '.join(different)}); delete it or name another output"
+        )
 
 
 def _documents(config: PrepareConfig, corpus: Corpus) -> Iterator[Document]:
@@ -184,26 +192,34 @@ class _Run:
         state = json.loads(self.journal.read_text())
         _check_same(self.config, state["config"], self.folder)
         if state["tokenizer_hash"] != self.tokenizer.hash:
-            raise ValueError(f"{self.folder}: begun with another tokenizer than {self.config.tokenizer}; delete it and run prepare again")
-        self.documents, self.generation, self.chain = state["documents"], state["generation"], bytes.fromhex(state["chain"])
+            raise ValueError(
+                f"{self.folder}: begun with another tokenizer than {self.config.tokenizer}; delete it and run prepare"
+                " again"
+            )
+        self.documents, self.generation, self.chain = (
+            state["documents"],
+            state["generation"],
+            bytes.fromhex(state["chain"]),
+        )
         for split, writer in self.writers.items():
             writer.restore(state["splits"][split])
 
     def save(self) -> None:
         """Record that everything up to here need not be done again."""
         self.generation += 1
+        splits = {split: writer.save(self.generation) for split, writer in self.writers.items()}
         state = {
             "config": self.config.recorded(),
             "tokenizer_hash": self.tokenizer.hash,
             "documents": self.documents,
             "generation": self.generation,
             "chain": self.chain.hex(),
-            "splits": {split: writer.save(self.generation) for split, writer in self.writers.items()},
+            "splits": splits,
         }
         temporary = self.journal.with_suffix(".new")
         temporary.write_text(json.dumps(state))
         temporary.replace(self.journal)
-        kept = {state["splits"][split]["pending"] for split in self.writers}
+        kept = {split["pending"] for split in splits.values()}
         for path in self.journal.parent.glob("*-pending-*.npy"):
             if path.name not in kept:
                 path.unlink()
@@ -228,7 +244,10 @@ class _Run:
     def _write_document(self, document: Document, ids: np.ndarray) -> None:
         if self.tokenizer.forbidden[ids].any():
             token = int(ids[self.tokenizer.forbidden[ids]][0])
-            raise ValueError(f"document {document.id}: its text became the special token {token}; tokenizer {self.tokenizer.name} cannot be used")
+            raise ValueError(
+                f"document {document.id}: its text became the special token {token}; tokenizer {self.tokenizer.name}"
+                " cannot be used"
+            )
         self.documents += 1
         self.chain = _link(self.chain, document)
         if self.writers[split_of(document, self.config.validation_fraction)].add(document, ids):
@@ -239,7 +258,10 @@ class _Run:
         for document in islice(documents, self.documents):
             chain = _link(chain, document)
         if chain != self.chain:
-            raise ValueError(f"source {self.config.source}: changed since {self.folder} was begun; delete that folder and run prepare again")
+            raise ValueError(
+                f"source {self.config.source}: changed since {self.folder} was begun; delete that folder and run"
+                " prepare again"
+            )
         yield from documents
 
     def finish(self) -> Manifest:
@@ -248,8 +270,8 @@ class _Run:
             if writer.counts.documents == 0:
                 shutil.rmtree(self.folder)
                 raise ValueError(
-                    f"source {self.config.source}: {split} got no document of at least {self.config.context} tokens out of {self.documents} "
-                    "documents; give more text, a smaller context or another validation_fraction"
+                    f"source {self.config.source}: {split} got no document of at least {self.config.context} tokens out"
+                    f" of {self.documents} documents; give more text, a smaller context or another validation_fraction"
                 )
         np.save(self.folder / "token_bytes.npy", self.tokenizer.token_bytes)
         manifest = Manifest(

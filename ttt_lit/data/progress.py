@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(title: str, total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes how much of ``total`` is done. Without ``shown`` it does nothing; without a total, no estimate."""
+    """Yield a function that takes how much of ``total`` is done. Without ``shown`` it does nothing; without a total,
+    no estimate."""
     if not shown:
         yield lambda done: None
         return

@@ -56,7 +56,8 @@ def _pieces(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_pieces(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    # zstandard's stream reader takes a cut-off file for a complete one; the decompression object says whether a frame ended.
+    # zstandard's stream reader takes a cut-off file for a complete one; the decompression object says whether a frame
+    # ended.
     import zstandard
 
     frame = None
@@ -92,12 +93,16 @@ def _parquet(path: Path, text_field: str) -> Iterator[Text]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if text_field not in file.schema_arrow.names:
-                raise ValueError(f"{path}: no column {text_field!r}, columns are {file.schema_arrow.names}: set text_field")
+                raise ValueError(
+                    f"{path}: no column {text_field!r}, columns are {file.schema_arrow.names}: set text_field"
+                )
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
-                        raise ValueError(f"{path}:{number}: expected text in column {text_field!r}, got {type(text).__name__}")
+                        raise ValueError(
+                            f"{path}:{number}: expected text in column {text_field!r}, got {type(text).__name__}"
+                        )
                     yield f":{number}", text
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
@@ -108,4 +113,6 @@ def _decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file first") from error
+        raise ValueError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file first"
+        ) from error

@@ -1,8 +1,8 @@
 """LitData shards of tokens: one writer, one reader.
 
-A shard is a LitData chunk with one item, its tokens as int32 without a header of their own. LitData writes the shards, so its
-StreamingDataset can read them; we read them through a memory map: LitData drops each chunk's remainder modulo the block, while the
-map serves any block size, across shards, and needs no threads.
+A shard is a LitData chunk with one item, its tokens as int32 without a header of their own. LitData writes the shards,
+so its StreamingDataset can read them; we read them through a memory map: LitData drops each chunk's remainder modulo
+the block, while the map serves any block size, across shards, and needs no threads.
 """
 
 from __future__ import annotations
@@ -28,21 +28,28 @@ INSTALL_LITDATA = "pip install --no-deps litdata==0.2.76"
 
 
 def import_litdata() -> ModuleType:
-    """LitData's streaming package. Raises ValueError with the way out if it, or a torchvision beside it, cannot be imported."""
+    """LitData's streaming package. Raises ValueError with the way out if it, or a torchvision beside it, cannot be
+    imported."""
     if find_spec("litdata") is None:
-        raise ValueError(f"litdata is not installed: {INSTALL_LITDATA} (its dependencies are already ours, torchvision is not wanted)")
+        raise ValueError(
+            f"litdata is not installed: {INSTALL_LITDATA} (its dependencies are already ours, torchvision is not"
+            " wanted)"
+        )
     try:
         return import_module("litdata.streaming")
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         broken = torchvision_problem()
         if broken is not None:
-            raise ValueError(f"litdata cannot be imported: {broken}; pip uninstall torchvision (tokens need none)") from error
+            raise ValueError(
+                f"litdata cannot be imported: {broken}; pip uninstall torchvision (tokens need none)"
+            ) from error
         raise ValueError(f"litdata cannot be imported ({reason}); {INSTALL_LITDATA}") from error
 
 
 def torchvision_problem() -> str | None:
-    """What is wrong with an installed torchvision; None if it works or is absent. One built for another torch breaks its importers."""
+    """What is wrong with an installed torchvision; None if it works or is absent. One built for another torch breaks
+    its importers."""
     if find_spec("torchvision") is None:
         return None
     try:
@@ -92,7 +99,8 @@ class TokenReader:
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """(count,) int64 tokens from position ``start``. Raises ValueError naming the shard if an id is not in the vocabulary."""
+        """(count,) int64 tokens from position ``start``. Raises ValueError naming the shard if an id is not in the
+        vocabulary."""
         pieces = []
         while count > 0:
             shard = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -101,7 +109,8 @@ class TokenReader:
             if len(piece) == 0 or piece.min() < 0 or piece.max() >= self.vocab_size:
                 path = self.folder / self.entry.shards[shard].file
                 raise ValueError(
-                    f"{path}: damaged or from another tokenizer, holds ids outside 0…{self.vocab_size - 1}; {remake(self.folder)}"
+                    f"{path}: damaged or from another tokenizer, holds ids outside 0…{self.vocab_size - 1};"
+                    f" {remake(self.folder)}"
                 )
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)

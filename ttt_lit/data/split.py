@@ -1,6 +1,7 @@
 """The split rule: a document's side depends on its text alone.
 
-Every data set of one corpus, short or long, and the tokenizer trained on it, share the split; duplicates stand on the same side.
+Every data set of one corpus, short or long, and the tokenizer trained on it, share the split; duplicates stand on the
+same side.
 """
 
 from __future__ import annotations

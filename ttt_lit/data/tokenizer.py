@@ -1,4 +1,6 @@
-"""The model's own tokenizer, made to read nothing but text: special tokens never arise from it, and every token's bytes are known.
+"""The model's own tokenizer, made to read nothing but text.
+
+Special tokens never arise from a text, and every token's bytes are known.
 
 Two kinds are understood: byte-level BPE (a token is a string over an alphabet of 256 characters, one per byte) and
 SentencePiece-style BPE with byte fallback (a piece is text with ``▁`` for the space, or ``<0xNN>`` for one byte).
@@ -33,38 +35,52 @@ class TextTokenizer:
     eos_id: int
     """The token between documents."""
     token_bytes: np.ndarray
-    """(vocab_size,) int32: bytes of normalised text that a token stands for; 0 for tokens that never arise from text."""
+    """(vocab_size,) int32: bytes of normalised text per token; 0 for tokens that never arise from text."""
     forbidden: np.ndarray
     """(vocab_size,) bool: tokens that never arise from text."""
     definition: str
-    """The JSON of a ``tokenizers.Tokenizer`` that encodes text, without special tokens, post-processor, padding or truncation."""
+    """JSON of the ``tokenizers.Tokenizer`` that encodes text: no special tokens, post-processor, padding,
+    truncation."""
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """Load a Hugging Face tokenizer folder, or a hub id that is no folder. Code that comes with a tokenizer is never run."""
+    """Load a Hugging Face tokenizer folder, or fetch a hub id. Code that comes with a tokenizer is never run."""
     folder = tokenizer_folder(name)
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except ImportError as error:
-        message = str(error).strip().splitlines()[0]
-        raise ValueError(f"tokenizer {name}: needs a package that is missing ({message}); pip install sentencepiece==0.2.3") from error
+        raise ValueError(
+            f"tokenizer {name}: needs a package that is missing ({_first_line(error)}); pip install"
+            " sentencepiece==0.2.3"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"tokenizer {name}: transformers cannot load it ({_first_line(error)}); expected tokenizer.json and"
+            f" tokenizer_config.json in {folder}"
+        ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"tokenizer {name}: {type(tokenizer).__name__} has no fast form; expected a folder with tokenizer.json")
+        raise ValueError(
+            f"tokenizer {name}: {type(tokenizer).__name__} has no fast form; expected a folder with tokenizer.json"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}")
     full = json.loads(backend.to_str())
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(vocabulary.values()) + 1
+    byte_level = _is_byte_level(full, name)
     blocked = special_strings(full) | {tokenizer.eos_token}
+    definition = text_only(full, blocked)
+    added = {token["content"] for token in definition["added_tokens"]}
     forbidden = np.ones(vocab_size, dtype=bool)
     forbidden[[index for token, index in vocabulary.items() if token not in blocked]] = False
-    byte_level = _is_byte_level(full, name)
     token_bytes = np.zeros(vocab_size, dtype=np.int32)
     for token, index in vocabulary.items():
-        token_bytes[index] = 0 if forbidden[index] else count_bytes(token, byte_level=byte_level)
+        # Added tokens are spelt as themselves, not in the alphabet of bytes.
+        spelt_in_bytes = byte_level and token not in added
+        token_bytes[index] = 0 if forbidden[index] else count_bytes(token, byte_level=spelt_in_bytes)
     return TextTokenizer(
         name=name,
         hash=tokenizer_hash(folder),
@@ -72,7 +88,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         eos_id=int(tokenizer.eos_token_id),
         token_bytes=token_bytes,
         forbidden=forbidden,
-        definition=json.dumps(text_only(full, blocked), ensure_ascii=False),
+        definition=json.dumps(definition, ensure_ascii=False),
     )
 
 
@@ -84,14 +100,19 @@ def tokenizer_folder(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(name, allow_patterns=["tokenizer*", "spiece.model", "special_tokens_map.json"]))
+            folder = Path(
+                snapshot_download(name, allow_patterns=["tokenizer*", "spiece.model", "special_tokens_map.json"])
+            )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"tokenizer {name}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}); "
-                "give the model's folder, or log in with `hf auth login` and accept the model's licence on its page"
+                f"tokenizer {name}: no such folder, and not to be had from the Hugging Face hub"
+                f" ({type(error).__name__}); give the model's folder, or log in with `hf auth login` and accept the"
+                " model's licence on its page"
             ) from error
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise FileNotFoundError(f"tokenizer {name}: expected a folder with one of {', '.join(TOKENIZER_FILES)}; give the model's folder")
+        raise FileNotFoundError(
+            f"tokenizer {name}: expected a folder with one of {', '.join(TOKENIZER_FILES)}; give the model's folder"
+        )
     return folder
 
 
@@ -104,18 +125,24 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 def special_strings(full: dict[str, Any]) -> set[str]:
-    """Strings that mean something else than themselves: special tokens, added ones that the base vocabulary does not know, byte pieces.
+    """Strings that must not be recognised in a text: special tokens and added ones that the base vocabulary does not
+    know.
 
-    Added tokens that the base vocabulary knows and that are not special stay (runs of spaces in Gemma): the model reads them as text.
+    Added tokens that the base vocabulary knows and that are not special stay (runs of spaces in Gemma): the model reads
+    them as text. Those that swallow the spaces around them go, or bytes would be lost.
     """
     vocabulary = full["model"]["vocab"]
-    added = {token["content"] for token in full["added_tokens"] if token["special"] or token["content"] not in vocabulary}
+    added = {token["content"] for token in full["added_tokens"] if not _is_text(token, vocabulary)}
     unknown = full["model"].get("unk_token")
     return added | ({unknown} if unknown else set())
 
 
+def _is_text(token: dict[str, Any], vocabulary: dict[str, int]) -> bool:
+    return token["content"] in vocabulary and not (token["special"] or token["lstrip"] or token["rstrip"])
+
+
 def text_only(full: dict[str, Any], blocked: set[str]) -> dict[str, Any]:
-    """The tokenizer without ``blocked`` strings: neither recognised in the text nor reachable by merges, as byte pieces are not either."""
+    """The tokenizer without ``blocked`` strings: not recognised, nor reachable by merges (nor are byte pieces)."""
     model = dict(full["model"])
     unreachable = blocked.union(BYTE_PIECES) if model.get("byte_fallback") else blocked
     model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in unreachable]
@@ -140,8 +167,8 @@ def _is_byte_level(full: dict[str, Any], name: str) -> bool:
         if model.get("byte_fallback") and all(piece in model["vocab"] for piece in BYTE_PIECES):
             return False
     raise ValueError(
-        f"tokenizer {name}: bytes per token are exact for byte-level BPE and for BPE with byte fallback and all 256 byte pieces; "
-        f"got {model['type']} with neither"
+        f"tokenizer {name}: bytes per token are exact for byte-level BPE and for BPE with byte fallback and all 256"
+        f" byte pieces; got {model['type']} with neither"
     )
 
 
@@ -154,6 +181,10 @@ def _mentions(part: Any, kind: str) -> bool:
 def _merged(merge: Any) -> str:
     # Old files write a merge as "a b", new ones as ["a", "b"].
     return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_hub_id(name: str) -> bool:

@@ -76,7 +76,10 @@ class SplitWriter:
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         progress = folder / PROGRESS
-        self._logs = {"eos": PositionLog(progress / f"{split}-eos"), "starts": PositionLog(progress / f"{split}-starts")}
+        self._logs = {
+            "eos": PositionLog(progress / f"{split}-eos"),
+            "starts": PositionLog(progress / f"{split}-starts"),
+        }
 
     def add(self, document: Document, ids: np.ndarray) -> bool:
         """Append a document of ``ids``, (tokens,) int32, and an EOS. True if that finished a shard."""
@@ -125,7 +128,8 @@ class SplitWriter:
         )
 
     def save(self, generation: int) -> dict[str, Any]:
-        """Put the tokens that fill no shard yet into a file of this generation; returns the rest of the state as JSON values."""
+        """Put the tokens that fill no shard yet into a file of this generation; returns the rest of the state as
+        JSON values."""
         name = f"{self.split}-pending-{generation}.npy"
         np.save(self.folder / PROGRESS / name, self._joined())
         return {
@@ -143,7 +147,10 @@ class SplitWriter:
         for shard in self.shards:
             path = self.folder / shard.file
             if not path.is_file() or sha256_of(path) != shard.sha256:
-                raise ValueError(f"{path}: finished before the interruption and damaged since; delete {self.folder} and run prepare again")
+                raise ValueError(
+                    f"{path}: finished before the interruption and damaged since; delete {self.folder} and run prepare"
+                    " again"
+                )
         self._descriptions = list(state["descriptions"])
         pending = np.load(self.folder / PROGRESS / state["pending"])
         self._pending, self._pending_tokens = [pending], len(pending)
