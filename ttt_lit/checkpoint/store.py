@@ -118,7 +118,6 @@ def save_checkpoint(
     source_config: str | None = None,
     generation_config: str | None = None,
     tokenizer: Path | None = None,
-    audit: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Checkpoint:
     """Write a checkpoint folder.
@@ -133,40 +132,82 @@ def save_checkpoint(
         source_config: text of the origin's config.json, kept verbatim.
         generation_config: text of the origin's generation_config.json, kept verbatim.
         tokenizer: folder whose tokenizer files are copied.
-        audit: text of audit.json.
         shard_bytes: weights above this size are split.
 
     Raises:
         ValueError: the folder exists, or state, receipt and spec do not fit each other; keys are listed.
     """
-    check_state({name: tuple(value.shape) for name, value in state.items()}, spec, where="save_checkpoint")
-    receipt.check(spec.parameter_shapes())
-    entries = {name: _entry(state[name]) for name in spec.parameter_shapes()}
     with new_folder(path) as folder:
-        files = write_tensors(folder, entries, metadata={"format": "pt"}, shard_bytes=shard_bytes)
-        texts = {
-            "spec.json": spec.to_json(),
-            "receipt.json": receipt.to_json(),
-            "lineage.json": lineage_to_json(lineage),
-            "source/config.json": source_config,
-            "source/generation_config.json": generation_config,
-            "audit.json": audit,
-        }
-        for name, text in texts.items():
-            if text is not None:
-                (folder / name).parent.mkdir(exist_ok=True)
-                files[name] = write_text(folder / name, text)
-        if tokenizer is not None:
-            copied = copy_tokenizer(tokenizer, folder / "tokenizer")
-            files.update({f"tokenizer/{name}": digest for name, digest in copied.items()})
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "family": family,
-            "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
-            "files": files,
-        }
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        files = write_weights(folder, spec=spec, state=state, shard_bytes=shard_bytes)
+        write_descriptions(
+            folder,
+            files=files,
+            spec=spec,
+            family=family,
+            receipt=receipt,
+            lineage=lineage,
+            source_config=source_config,
+            generation_config=generation_config,
+            tokenizer=tokenizer,
+        )
     return load_checkpoint(path)
+
+
+def write_weights(
+    folder: Path,
+    *,
+    spec: ModelSpec,
+    state: Mapping[str, torch.Tensor] | Mapping[str, TensorEntry],
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """First half of ``save_checkpoint``, for callers that look at the weights before they describe them.
+
+    Returns:
+        File name -> SHA-256.
+    """
+    check_state({name: tuple(value.shape) for name, value in state.items()}, spec, where="save_checkpoint")
+    entries = {name: _entry(state[name]) for name in spec.parameter_shapes()}
+    return write_tensors(folder, entries, metadata={"format": "pt"}, shard_bytes=shard_bytes)
+
+
+def write_descriptions(
+    folder: Path,
+    *,
+    files: Mapping[str, str],
+    spec: ModelSpec,
+    family: str,
+    receipt: Receipt,
+    lineage: tuple[LineageStep, ...],
+    source_config: str | None = None,
+    generation_config: str | None = None,
+    tokenizer: Path | None = None,
+    audit: str | None = None,
+) -> None:
+    """Second half of ``save_checkpoint``: everything but the weights, whose ``files`` and hashes are given."""
+    receipt.check(spec.parameter_shapes())
+    written = dict(files)
+    texts = {
+        "spec.json": spec.to_json(),
+        "receipt.json": receipt.to_json(),
+        "lineage.json": lineage_to_json(lineage),
+        "source/config.json": source_config,
+        "source/generation_config.json": generation_config,
+        "audit.json": audit,
+    }
+    for name, text in texts.items():
+        if text is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            written[name] = write_text(folder / name, text)
+    if tokenizer is not None:
+        copied = copy_tokenizer(tokenizer, folder / "tokenizer")
+        written.update({f"tokenizer/{name}": digest for name, digest in copied.items()})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "family": family,
+        "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
+        "files": written,
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

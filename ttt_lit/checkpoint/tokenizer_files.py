@@ -50,8 +50,8 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
     return copied
 
 
-def highest_token_id(folder: Path) -> int | None:
-    """The largest id that tokenizer.json can produce, or None where there is no such file.
+def highest_token_ids(folder: Path) -> tuple[int, int] | None:
+    """The largest id of tokenizer.json's vocabulary, and with added tokens; None where there is no such file.
 
     Raises:
         ValueError: the file is not a tokenizer of the ``tokenizers`` library.
@@ -61,8 +61,8 @@ def highest_token_id(folder: Path) -> int | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        ids = [token["id"] for token in content.get("added_tokens") or ()] + _vocabulary_ids(content["model"]["vocab"])
-        return max(int(value) for value in ids)
+        text = max(int(value) for value in _vocabulary_ids(content["model"]["vocab"]))
+        return text, max([text, *(int(token["id"]) for token in content.get("added_tokens") or ())])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a usable tokenizer file: {type(error).__name__} {str(error)[:100]}") from None
 

@@ -59,6 +59,8 @@ class Family:
     """Our parameter -> where it is stored, for every name in ``spec.parameter_shapes()``."""
     dropped: Callable[[ModelSpec], dict[str, str]]
     """Stored names that may be present although the spec has no use for them, with the reason."""
+    head_key: str | None
+    """Stored name of the output head, which a tied checkpoint may hold as a copy of the embedding. None: never."""
 
 
 def _halves_from_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -225,4 +225,5 @@ FAMILY = Family(
     stored_shapes=_stored_shapes,
     sources=_sources,
     dropped=_dropped,
+    head_key="lm_head.weight",
 )

@@ -227,4 +227,5 @@ FAMILY = Family(
     stored_shapes=_stored_shapes,
     sources=_sources,
     dropped=_dropped,
+    head_key=None,
 )

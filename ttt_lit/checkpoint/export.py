@@ -1,0 +1,150 @@
+"""Our checkpoint -> a Hugging Face folder that transformers loads.
+
+Names go back through the family's rules, dtypes and bytes stay, and the config is the origin's wherever it still holds.
+What the family's model class cannot be (prime MLPs, windows that differ) is refused by name: an export without it would be
+another model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttt_lit.checkpoint.audit import TIED_COPY
+from ttt_lit.checkpoint.store import check_state, load_checkpoint, new_folder
+from ttt_lit.checkpoint.tensor_files import (
+    SHARD_BYTES,
+    TensorEntry,
+    entry_of,
+    read_tensor,
+    write_tensors,
+    write_text,
+)
+from ttt_lit.checkpoint.tokenizer_files import copy_tokenizer
+from ttt_lit.families import family_named
+from ttt_lit.model.spec import ModelSpec
+
+_CONFIG_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def export_checkpoint(checkpoint: str, output: str, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a checkpoint of ours as a Hugging Face folder.
+
+    Args:
+        checkpoint: folder of a dense or windowed model; every file is checked against its hash first.
+        output: folder to make; must not exist.
+        shard_bytes: weights above this size are split.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged checkpoint, or a model that the family's class cannot express; the message names what.
+    """
+    opened = load_checkpoint(checkpoint)
+    opened.verify()
+    generation = opened.path / "source/generation_config.json"
+    copies = {
+        record.source: "embed_tokens.weight"
+        for record in opened.receipt.records
+        if record.status == "dropped" and record.note == TIED_COPY and record.source is not None
+    }
+    entries = {
+        name: TensorEntry(dtype=stored.dtype, shape=stored.shape, read=_reader(stored))
+        for name, stored in opened.tensors.items()
+    }
+    return _write(
+        output,
+        spec=opened.spec,
+        entries=entries,
+        family=opened.family,
+        source_config=opened.source_config,
+        tokenizer=opened.tokenizer,
+        generation_config=generation.read_text(encoding="utf-8") if generation.is_file() else None,
+        copies=copies,
+        shard_bytes=shard_bytes,
+    )
+
+
+def export_hf(
+    spec: ModelSpec,
+    state: Mapping[str, torch.Tensor],
+    family: str,
+    output: str | Path,
+    *,
+    tokenizer: Path | None = None,
+    source_config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write tensors in memory as a Hugging Face folder.
+
+    Args:
+        spec: the network.
+        state: exactly its parameters, by our names.
+        family: name in ``ttt_lit.families.FAMILIES``.
+        output: folder to make; must not exist.
+        tokenizer: folder whose tokenizer files are copied.
+        source_config: config.json to start from; None: only what the spec says.
+        shard_bytes: weights above this size are split.
+
+    Raises:
+        ValueError: the state does not fit the spec, or the family's class cannot express it; the message names what.
+    """
+    check_state({name: tuple(tensor.shape) for name, tensor in state.items()}, spec, where="export")
+    return _write(
+        output,
+        spec=spec,
+        entries={name: entry_of(tensor) for name, tensor in state.items()},
+        family=family,
+        source_config=source_config,
+        tokenizer=tokenizer,
+        generation_config=None,
+        copies={},
+        shard_bytes=shard_bytes,
+    )
+
+
+def _write(
+    output: str | Path,
+    *,
+    spec: ModelSpec,
+    entries: Mapping[str, TensorEntry],
+    family: str,
+    source_config: Mapping[str, Any] | None,
+    tokenizer: Path | None,
+    generation_config: str | None,
+    copies: Mapping[str, str],
+    shard_bytes: int,
+) -> Path:
+    """``copies``: stored name -> our parameter that the origin stored twice."""
+    chosen = family_named(family)
+    if chosen.config_from_spec is None:
+        raise ValueError(f"family {family} has no Hugging Face form, so it cannot be exported")
+    config = chosen.config_from_spec(spec, source_config)
+    # transformers reads the weights as what this field says, whatever they are stored as.
+    for field in [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]:
+        config[field] = _CONFIG_DTYPES[_common_dtype(entries)]
+    theirs = {source.key: entries[name] for name, source in chosen.sources(spec).items()}
+    theirs.update({key: entries[name] for key, name in copies.items()})
+    with new_folder(output) as folder:
+        write_tensors(folder, theirs, metadata={"format": "pt"}, shard_bytes=shard_bytes)
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if generation_config is not None:
+            write_text(folder / "generation_config.json", generation_config)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+    return Path(output)
+
+
+def _common_dtype(entries: Mapping[str, TensorEntry]) -> str:
+    """The dtype of most parameters, which is what transformers reads the checkpoint as."""
+    sizes: dict[str, int] = {}
+    for entry in entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _reader(stored: Any) -> Callable[[], torch.Tensor]:
+    return lambda: read_tensor(stored)
