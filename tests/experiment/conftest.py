@@ -80,7 +80,7 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
         train_loss_last_tenth=3.0,
         transition=transition,
         validations=[validation("off", off), validation("on", on)],
-        inner_update_norms=Norms(mean=0.02, minimum=0.001, maximum=0.1, last=0.03, count=7680),
+        inner_update_norms=Norms(mean=0.02, minimum=0.001, maximum=0.1, last=0.03, count=7680, by_chunk=[0.01, 0.03]),
         throughput=Throughput(
             tokens_per_second=1228.8,
             seconds_per_1k_tokens=0.8138,

@@ -143,14 +143,16 @@ class Validation:
 
 @dataclass(kw_only=True)
 class Norms:
-    """Summary of the inner update norms of a stage."""
+    """Summary of a stage's inner update norms: L2 norm of the fast weights' change per chunk."""
 
     mean: float
     minimum: float
     maximum: float
     last: float
     count: int
-    """Measurements (chunks × sequences × steps that were looked at)."""
+    """Measurements that entered the summary."""
+    by_chunk: list[float] = field(default_factory=list)
+    """Mean per chunk of the sequence, in order."""
 
 
 @dataclass(kw_only=True)
