@@ -12,6 +12,10 @@ from collections import deque
 from typing import Any
 
 
+class Diverged(RuntimeError):
+    """The run is not worth continuing. The message has the reason, the stage, the step and the last good checkpoint."""
+
+
 class DivergenceDetector:
     """Feed it every optimiser step; it answers with a reason to stop, or None.
 
