@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .readers import SUFFIXES, read_file
+from ttt_lit.data.readers import SUFFIXES, read_file
 
 STDLIB = "stdlib"
 STDLIB_MIN_CHARACTERS = 2000
 HUGGING_FACE = "hf:"
+WILDCARDS = "*?["
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class Corpus:
 
 def find_files(source: str) -> list[tuple[str, Path]]:
     """(name, path) of every text file of a folder (recursive), a glob or a single file, sorted by name."""
-    if any(character in source for character in "*?["):
+    if any(character in source for character in WILDCARDS):
         found = [Path(name) for name in glob.glob(source, recursive=True)]
-        root, wanted = Path(), [path for path in found if path.is_file()]
+        root, wanted = _fixed_part(Path(source)), [path for path in found if path.is_file()]
         foreign = [path for path in wanted if not path.name.endswith(SUFFIXES)]
         if foreign:
             raise ValueError(f"source {source}: {min(foreign)} is none of {', '.join(SUFFIXES)}; narrow the glob")
@@ -113,6 +114,12 @@ def find_files(source: str) -> list[tuple[str, Path]]:
     if not wanted:
         raise FileNotFoundError(f"source {source}: holds no file ending in {', '.join(SUFFIXES)}; put the texts there")
     return sorted((path.relative_to(root).as_posix(), path) for path in wanted)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folders of a glob before its first wildcard."""
+    wild = next(index for index, part in enumerate(pattern.parts) if any(character in part for character in WILDCARDS))
+    return Path(*pattern.parts[:wild])
 
 
 def stdlib_files() -> list[tuple[str, Path]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .corpus import Document
+from ttt_lit.data.corpus import Document
 
 BATCH_CHARACTERS = 1 << 20
 """Characters per unit of work: large against the cost of handing it over, small enough to keep few in flight."""

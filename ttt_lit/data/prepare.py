@@ -19,15 +19,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from .corpus import STDLIB, Corpus, Document
-from .encode import encode_documents
-from .manifest import FORMAT_VERSION, MANIFEST, Layout, Manifest, file_entry, partial_folder
-from .progress import progress_bar
-from .shards import DTYPE, MAX_SHARD_TOKENS, import_litdata
-from .split import SPLITS, split_of, split_rule
-from .tokenizer import TextTokenizer, load_tokenizer, tokenizer_hash
-from .train_tokenizer import check_trained, train_tokenizer
-from .writer import PROGRESS, SplitWriter
+from ttt_lit.data.corpus import STDLIB, Corpus, Document
+from ttt_lit.data.encode import encode_documents
+from ttt_lit.data.manifest import FORMAT_VERSION, MANIFEST, Layout, Manifest, file_entry, partial_folder
+from ttt_lit.data.progress import progress_bar
+from ttt_lit.data.shards import DTYPE, MAX_SHARD_TOKENS, import_litdata
+from ttt_lit.data.split import SPLITS, split_of, split_rule
+from ttt_lit.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_hash
+from ttt_lit.data.train_tokenizer import check_trained, train_tokenizer
+from ttt_lit.data.writer import PROGRESS, SplitWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .manifest import ShardEntry, SplitEntry, remake, sha256_of
+from ttt_lit.data.manifest import ShardEntry, SplitEntry, remake, sha256_of
 
 DTYPE = "int32"
 MAX_SHARD_TOKENS = 2**29

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from .corpus import Document
+from ttt_lit.data.corpus import Document
 
 SALT = "ttt_lit split 1\n"
 """Part of the rule, not a setting: two data sets with different salts would mix train and validation documents."""

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .manifest import Manifest
-from .order import PlainOrder, ShuffledOrder, first_blocks
-from .shards import TokenReader, torchvision_problem
+from ttt_lit.data.manifest import Manifest
+from ttt_lit.data.order import PlainOrder, ShuffledOrder, first_blocks
+from ttt_lit.data.shards import TokenReader, torchvision_problem
 
 Batch = dict[str, torch.Tensor]
 """tokens: (batch, block_tokens) int64; index: (batch,) int64, the block's number in its split."""

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .corpus import Document
-from .split import split_of, split_rule
+from ttt_lit.data.corpus import Document
+from ttt_lit.data.split import split_of, split_rule
 
 EOS_TOKEN = "<|endoftext|>"
 RECEIPT = "trained_on.json"

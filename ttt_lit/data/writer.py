@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .corpus import Document
-from .manifest import Layout, ShardEntry, SplitEntry, file_entry, sha256_of
-from .shards import write_index, write_shard
-from .split import Split
-from .tokenizer import TextTokenizer
+from ttt_lit.data.corpus import Document
+from ttt_lit.data.manifest import Layout, ShardEntry, SplitEntry, file_entry, sha256_of
+from ttt_lit.data.shards import write_index, write_shard
+from ttt_lit.data.split import Split
+from ttt_lit.data.tokenizer import TextTokenizer
 
 PROGRESS = ".progress"
 """Folder for what only a resume needs."""
