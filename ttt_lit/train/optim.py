@@ -6,12 +6,14 @@ missing state advances Adam's step count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ttt_lit.train.parallel import copy_full
 
 PRIME = ("prime_mlp.", "pre_prime_layernorm.", "post_prime_layernorm.")
 
@@ -66,6 +68,14 @@ def zero_state(optimizer: torch.optim.Optimizer) -> None:
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             for value in state.values():
                 value.zero_()
+
+
+@torch.no_grad()
+def load_moments(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], saved: Mapping[str, Tensor]) -> None:
+    """Copy ``NAME.exp_avg``, ``NAME.exp_avg_sq`` and ``NAME.step`` (full tensors) into the state, sharded or not."""
+    for name, parameter in named:
+        for part, value in optimizer.state[parameter].items():
+            copy_full(value, saved[f"{name}.{part}"])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:

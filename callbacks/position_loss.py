@@ -1,0 +1,82 @@
+"""Reports validation by token position at every stage end: scalars, the whole curve as an array, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ttt_lit import metrics
+from ttt_lit.experiment.figures import Curve, save_position_figure
+from ttt_lit.metrics import Inner
+from ttt_lit.train.module import TTTModule
+from ttt_lit.train.position import PositionResult, bucket_means, position_buckets
+
+
+class PositionLossLogger(L.Callback):
+    """Writes ``curves/STAGE_on.npy`` and ``curves/STAGE_off.npy`` (nats per token at each position) and ``position_loss.png``."""
+
+    def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_custom_scalars(metrics.custom_scalars_layout())
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        results = module.evaluation.compute()
+        stage = module.history.stage(module.plan.name)
+        stage.validations = [self._entry(module, inner, result) for inner, result in results.items()]
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "curves"
+        folder.mkdir(parents=True, exist_ok=True)
+        for inner, result in results.items():
+            np.save(folder / f"{module.plan.name}_{inner}.npy", result.curve.numpy())
+            self._log(trainer, inner, result)
+        self._picture(Path(trainer.default_root_dir), module)
+
+    def _entry(self, module: TTTModule, inner: Inner, result: PositionResult) -> dict[str, Any]:
+        context = module.size.long
+        buckets = position_buckets(context)
+        means = bucket_means(result.curve, buckets)
+        return {
+            "inner": inner,
+            "context": context,
+            "nats_per_token": result.nats_per_token,
+            "bits_per_byte": result.bits_per_byte,
+            "blocks": result.blocks,
+            "tokens": result.tokens,
+            "bytes": result.num_bytes,
+            "buckets": [
+                {"start": start, "stop": stop, "nats_per_token": mean}
+                for (start, stop), mean in zip(buckets, means, strict=True)
+            ],
+            "curve": f"curves/{module.plan.name}_{inner}.npy",
+        }
+
+    def _log(self, trainer: L.Trainer, inner: Inner, result: PositionResult) -> None:
+        if trainer.logger is None:
+            return
+        values = {
+            metrics.val_loss(inner): result.nats_per_token,
+            metrics.val_bits_per_byte(inner): result.bits_per_byte,
+        }
+        buckets = position_buckets(len(result.curve))
+        for bucket, mean in zip(buckets, bucket_means(result.curve, buckets), strict=True):
+            values[metrics.position_loss(bucket, inner)] = mean
+        trainer.logger.log_metrics(values, step=trainer.global_step)
+
+    def _picture(self, run: Path, module: TTTModule) -> None:
+        """One line per stage so far, from the arrays on disk, so that a resumed run shows all of them."""
+        curves = []
+        for plan in module.plans:
+            stage = module.history.stages.get(plan.name)
+            for entry in stage.validations if stage is not None else ():
+                values = np.load(run / entry["curve"])
+                curves.append(Curve(stage=plan.name, inner=entry["inner"], losses=values.tolist()))
+        windows = {plan.window for plan in module.plans if plan.window is not None}
+        window = windows.pop() if len(windows) == 1 else None
+        save_position_figure(curves, run / "position_loss", window=window)
+
+

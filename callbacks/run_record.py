@@ -1,0 +1,208 @@
+"""Keeps ``record.json`` of the run up to date: the one file that every report is made from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from callbacks.divergence_guard import Diverged
+from callbacks.step_log import flop_per_token
+from ttt_lit.experiment import record as schema
+from ttt_lit.ops.attention import choose_kernel
+from ttt_lit.train.module import TTTModule
+from ttt_lit.train.stages import StagePlan
+
+_PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "litdata", "safetensors", "numpy")
+
+
+class RunRecorder(L.Callback):
+    """Writes the record at the start, at every stage boundary and at the end, whatever the end is."""
+
+    def __init__(self) -> None:
+        self.started = _now()
+        self.flops: dict[str, float] = {}
+        """Stage name → analytic training FLOPs per token."""
+
+    def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        self._write(trainer, module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
+        if module.plan.name not in self.flops:
+            self.flops[module.plan.name] = flop_per_token(module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        self._write(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        self._write(trainer, module, status="finished")
+
+    def on_exception(self, trainer: L.Trainer, module: TTTModule, exception: BaseException) -> None:  # type: ignore[override]
+        if not hasattr(module, "ledger") or module._model is None:
+            return  # nothing has run, so there is nothing to record
+        module.ledger.stop()
+        reason = " ".join(str(exception).split()) or type(exception).__name__
+        if isinstance(exception, Diverged):
+            status: schema.Status = "diverged"
+        elif isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+            status, reason = "interrupted", f"stopped by {type(exception).__name__}"
+        else:
+            status = "failed"
+        self._write(trainer, module, status=status, reason=reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"started": self.started, "flops": self.flops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.started, self.flops = state["started"], state["flops"]
+
+    def _write(
+        self, trainer: L.Trainer, module: TTTModule, *, status: schema.Status = "running", reason: str | None = None
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        start, (experiment, run_id) = module.start, module.run_name
+        record = schema.RunRecord(
+            run_id=run_id,
+            experiment=experiment,
+            status=status,
+            reason=reason,
+            started=self.started,
+            ended=None if status == "running" else _now(),
+            config=module.run_config,
+            start=schema.Start(
+                source=module.start_config.init_from if module.start_config.init == "checkpoint" else None,
+                lineage=[vars(step) for step in start.origin.lineage],
+                receipt=start.receipt.counts(),
+            ),
+            model=schema.Model(
+                num_parameters=start.spec.num_parameters(),
+                num_layers=start.spec.num_layers,
+                ttt_layers=list(start.spec.ttt_layers),
+            ),
+            environment=_environment(trainer, module),
+            git=_git(),
+            stages=[self._stage(module, plan) for plan in module.plans],
+            evaluations=[schema.EvaluationPoint(**point) for point in module.history.evaluations],
+            totals=_spent(module.ledger.total()),
+            parents=[
+                f"{step.parameters['experiment']}/{step.parameters['run']}"
+                for step in start.origin.lineage
+                if step.operation == "fit"
+            ],
+        )
+        record.write(Path(trainer.default_root_dir) / schema.RECORD_NAME)
+
+    def _stage(self, module: TTTModule, plan: StagePlan) -> schema.Stage:
+        seen, spent = module.history.stages.get(plan.name), module.ledger.spent(plan.name)
+        stage = schema.Stage(
+            name=plan.name,
+            mode=plan.config.mode,
+            context=plan.context,
+            windows=[layer.window for layer in module.stage_spec(plan).layers],
+            planned=schema.Planned(
+                optimizer_steps=plan.budget.steps, tokens=plan.tokens, gpu_seconds=plan.budget.seconds
+            ),
+            spent=_spent(spent),
+            carry=plan.config.carry,
+        )
+        if seen is None:
+            return stage
+        if seen.transition is not None:
+            stage.transition = _transition(seen.transition, plan)
+        if seen.losses:
+            last = seen.losses[-max(1, len(seen.losses) // 10) :]
+            stage.train_loss_first = seen.losses[0]
+            stage.train_loss_mean = sum(seen.losses) / len(seen.losses)
+            stage.train_loss_last_tenth = sum(last) / len(last)
+        stage.validations = [
+            schema.Validation(**entry | {"buckets": [schema.Bucket(**bucket) for bucket in entry["buckets"]]})
+            for entry in seen.validations
+        ]
+        if seen.norm_range:
+            by_chunk = seen.update_norm_by_chunk
+            low, high, last_norm = seen.norm_range
+            stage.inner_update_norms = schema.Norms(
+                mean=sum(by_chunk) / len(by_chunk),
+                minimum=low,
+                maximum=high,
+                last=last_norm,
+                count=len(seen.losses) * len(by_chunk),
+                by_chunk=by_chunk,
+            )
+        wall = spent.seconds["compute"] / module.ledger.devices
+        if wall > 0 and spent.tokens and plan.name in self.flops:
+            rate = spent.tokens / wall
+            stage.throughput = schema.Throughput(
+                tokens_per_second=rate,
+                seconds_per_1k_tokens=1000 / rate,
+                flop_per_token=self.flops[plan.name],
+                flop_per_second=rate * self.flops[plan.name],
+                peak_memory_gib=seen.peak_gib or None,
+            )
+        return stage
+
+
+def _transition(proof: dict[str, Any], plan: StagePlan) -> schema.Transition:
+    attention = "dense attention" if plan.window is None else f"window {plan.window}"
+    return schema.Transition(
+        kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
+        preserves=proof["preserves"],
+        before=proof["before"],
+        after=proof["after"],
+        tolerance=proof["tolerance"],
+    )
+
+
+def _spent(spent: Any) -> schema.Spent:
+    return schema.Spent(
+        optimizer_steps=spent.optimizer_steps,
+        micro_batches=spent.micro_batches,
+        tokens=spent.tokens,
+        bytes=spent.bytes,
+        gpu_seconds=dict(spent.seconds),
+    )
+
+
+def _environment(trainer: L.Trainer, module: TTTModule) -> schema.Environment:
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else platform.machine() + " cpu"
+    return schema.Environment(
+        versions=versions, device=device, num_devices=trainer.world_size, kernels=_kernels(trainer, module)
+    )
+
+
+def _kernels(trainer: L.Trainer, module: TTTModule) -> list[str]:
+    """The attention kernels that the run's stages choose, by the same function that the model calls."""
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    twice = {plan.config.mode == "meta" for plan in module.plans} | {False}
+    return sorted(
+        {
+            choose_kernel(device=module.device, dtype=dtype, head_dim=module.start.spec.head_dim, twice=second)
+            for second in twice
+        }
+    )
+
+
+def _git() -> schema.Git:
+    root = Path(__file__).resolve().parents[1]
+
+    def run(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    status = run("status", "--porcelain")
+    return schema.Git(revision=run("rev-parse", "HEAD"), dirty=None if status is None else bool(status))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,112 @@
+"""Writes what a run needs to go on, and our checkpoint of the model at every stage end.
+
+Resume files are written only at optimiser boundaries that are not a stage's last, and after a stage's end: any other moment loses a
+partial gradient or the hooks of the next stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+
+from ttt_lit.checkpoint.receipt import LineageStep
+from ttt_lit.checkpoint.store import save_checkpoint
+from ttt_lit.train.module import TTTModule
+from ttt_lit.train.parallel import gather
+from ttt_lit.train.resume import POINTER, checkpoints_folder
+from ttt_lit.train.start import optimizer_file
+
+
+class StageCheckpoint(L.Callback):
+    """Saves to ``checkpoints/`` of the run's folder.
+
+    Args:
+        every_seconds: wall-clock time between two resume files.
+        optimizer: also write the optimiser's state beside each stage's checkpoint, for ``load: all``.
+    """
+
+    def __init__(self, every_seconds: float = 600.0, optimizer: bool = True) -> None:
+        if every_seconds < 0:
+            raise ValueError(f"StageCheckpoint.every_seconds: got {every_seconds}, expected at least 0")
+        self.every_seconds, self.optimizer = every_seconds, optimizer
+        self._last = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        self._last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
+        if trainer.is_last_batch or not module.at_boundary:
+            return
+        if trainer.strategy.broadcast(time.monotonic() - self._last >= self.every_seconds):
+            self._save(trainer, module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        with module.ledger.account("checkpoint"):
+            self._export(trainer, module)
+        self._save(trainer, module)
+
+    def _save(self, trainer: L.Trainer, module: TTTModule) -> None:
+        folder = checkpoints_folder(trainer.default_root_dir)
+        path = folder / f"resume-{trainer.global_step}.ckpt"
+        with module.ledger.account("checkpoint"):
+            trainer.save_checkpoint(path)
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                _point_to(folder, path)
+        self._last = time.monotonic()
+
+    def _export(self, trainer: L.Trainer, module: TTTModule) -> None:
+        """Our checkpoint of the stage's model, full tensors, written by rank 0."""
+        path = checkpoints_folder(trainer.default_root_dir) / module.plan.name
+        state = dict(gather(dict(module.model.decoder.named_parameters())))
+        moments = self._moments(module) if self.optimizer else {}
+        if trainer.is_global_zero:
+            if path.exists():
+                shutil.rmtree(path)  # the stage was repeated after an interruption
+            origin = module.start.origin
+            step = LineageStep(
+                operation="fit",
+                source=Path(module.start_config.init_from).name,
+                source_hash=origin.weights_hash,
+                parameters={"experiment": module.run_name[0], "run": module.run_name[1], "stage": module.plan.name},
+            )
+            save_checkpoint(
+                path,
+                spec=module.stage_spec(module.plan),
+                state=state,
+                family=origin.family,
+                receipt=module.start.receipt,
+                lineage=(*origin.lineage, step),
+                source_config=origin.source_config,
+                tokenizer=origin.tokenizer,
+            )
+            if moments:
+                save_file(moments, optimizer_file(path))
+        trainer.strategy.barrier()
+
+    def _moments(self, module: TTTModule) -> dict[str, torch.Tensor]:
+        states = module.optimizers().optimizer.state  # type: ignore[union-attr]
+        named = {
+            f"{name}.{part}": value
+            for name, parameter in module.model.decoder.named_parameters()
+            for part, value in states[parameter].items()
+        }
+        return dict(gather(named))
+
+
+def _point_to(folder: Path, path: Path) -> None:
+    """Make ``path`` the one to resume from, in one step, then drop the older ones."""
+    temporary = folder / f"{POINTER}.tmp"
+    temporary.write_text(json.dumps({"path": path.name}) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / POINTER)
+    for old in folder.glob("resume-*.ckpt"):
+        if old != path:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -1,0 +1,73 @@
+"""Takes the network from one stage to the next and proves, on a fixed batch, what that did to its function."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ttt_lit.model.spec import ModelSpec
+from ttt_lit.train.module import TTTModule
+from ttt_lit.train.optim import zero_state
+from ttt_lit.train.transition import TransitionProof, prove_transition
+from ttt_lit.ttt.inner import Mode
+
+
+class StageTransition(L.Callback):
+    """Enters each stage once; after a resume it only restores the stage that the run was in.
+
+    Args:
+        sequences: held-out sequences of the next stage's context on which a transition is proved.
+    """
+
+    def __init__(self, sequences: int = 2) -> None:
+        if sequences < 1:
+            raise ValueError(f"StageTransition.sequences: got {sequences}, expected at least 1")
+        self.sequences = sequences
+
+    def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        if module.entered >= 0:
+            module.enter_stage(module.entered)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        index = trainer.current_epoch
+        if index == module.entered:
+            return
+        plan = module.plans[index]
+        with module.ledger.account("validation"):
+            proof = self._prove(module, index)
+        module.history.stage(plan.name).transition = proof.to_dict()
+        kind = "unchanged" if proof.preserves else "not function-preserving"
+        text = f"stage {plan.name}: loss on a fixed batch {proof.before:.6f} before, {proof.after:.6f} after ({kind}, {proof.jump:+.2e})"
+        if not proof.holds:
+            raise RuntimeError(f"{text}; a conversion that preserves the function must agree to {proof.tolerance}")
+        if trainer.is_global_zero:
+            trainer.print(text)
+        if plan.config.carry == "params":
+            zero_state(module.optimizers().optimizer)  # type: ignore[union-attr]
+        module.enter_stage(index)
+
+    def _prove(self, module: TTTModule, index: int) -> TransitionProof:
+        plan = module.plans[index]
+        tokens = self._fixed_batch(module, plan.context)
+        if index == 0:
+            # A checkpoint that came with prime MLPs computes them; freshly inserted ones are what is to be proved silent.
+            known = module.has_inner_loop and not module.start.added
+            before: tuple[ModelSpec, Mode] = (module.start.spec, "static" if known else "none")
+        else:
+            old = module.plans[index - 1]
+            before = module.stage_spec(old), old.config.mode
+        return prove_transition(
+            module.model, tokens, before=before, after=(module.stage_spec(plan), plan.config.mode), piece=plan.chunk
+        )
+
+    def _fixed_batch(self, module: TTTModule, context: int) -> Tensor:
+        """The first held-out sequences, the same on every rank."""
+        request = module.validation_request()
+        stream = module.datamodule.open(request, rank=0, world_size=1)
+        rows: list[Tensor] = []
+        for batch in stream:
+            rows.extend(batch["tokens"][:, : context + 1])
+            if len(rows) >= self.sequences:
+                break
+        return torch.stack(rows[: self.sequences]).to(module.device)

@@ -1,0 +1,139 @@
+"""The command line: one function per command, imported only when it runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable
+
+# Two releases of Lightning carried malware (pytorch-lightning#21691, GHSA-w37p-236h-pfx3): never import them.
+MALICIOUS_LIGHTNING = ("2.6.2", "2.6.3")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 done, 1 an error of the input or a failed check, 2 a wrong command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](rest)
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _import(arguments: list[str]) -> int:
+    """Hugging Face checkpoint → our checkpoint, audited and proved equal."""
+    from jsonargparse import auto_cli
+
+    from ttt_lit.checkpoint.importing import import_checkpoint
+
+    auto_cli(import_checkpoint, args=arguments, as_positional=False, prog="cli.py import")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    """Our dense or windowed checkpoint → Hugging Face folder."""
+    from jsonargparse import auto_cli
+
+    from ttt_lit.checkpoint.export import export_checkpoint
+
+    auto_cli(export_checkpoint, args=arguments, as_positional=False, prog="cli.py export")
+    return 0
+
+
+def _prepare(arguments: list[str]) -> int:
+    """Text → tokens → LitData shards with a manifest."""
+    from jsonargparse import ArgumentParser
+
+    from ttt_lit.data.prepare import PrepareConfig, prepare
+
+    parser = ArgumentParser(prog="cli.py prepare", description=_prepare.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file of the settings below, e.g. configs/data/stdlib.yaml")
+    parser.add_class_arguments(PrepareConfig)
+    given = parser.parse_args(arguments).as_dict()
+    given.pop("config")
+    prepare(PrepareConfig(**given), progress=True)
+    return 0
+
+
+def _fit(arguments: list[str]) -> int:
+    """Train a run of stages; a second start continues it."""
+    _refuse_malicious_lightning()
+    from ttt_lit.train.run import fit
+
+    return fit(arguments)
+
+
+def _validate(arguments: list[str]) -> int:
+    """Measure a checkpoint on held-out blocks, inner loop on and off."""
+    _refuse_malicious_lightning()
+    from ttt_lit.train.run import validate
+
+    return validate(arguments)
+
+
+def _check_reference(arguments: list[str]) -> int:
+    """Golden files of the official implementation: losses and exact gradients."""
+    parser = argparse.ArgumentParser(prog="cli.py check-reference", description=_check_reference.__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="golden .safetensors file")
+    files = parser.parse_args(arguments).files
+    from ttt_lit.train.reference import check_reference
+
+    return check_reference(files)
+
+
+def _report(arguments: list[str]) -> int:
+    """Run records → summary tables."""
+    parser = argparse.ArgumentParser(prog="cli.py report", description=_report.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its record.json")
+    parser.add_argument("--output", help="folder for report.md")
+    given = parser.parse_args(arguments)
+    from ttt_lit.experiment.report import report
+
+    report(given.runs, given.output)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "import": _import,
+    "prepare": _prepare,
+    "fit": _fit,
+    "validate": _validate,
+    "export": _export,
+    "report": _report,
+    "check-reference": _check_reference,
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "usage: python cli.py COMMAND …\n\n" + "\n".join(lines) + "\n\npython cli.py COMMAND --help explains one."
+
+
+def _refuse_malicious_lightning() -> None:
+    for package in ("lightning", "pytorch-lightning"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version in MALICIOUS_LIGHTNING:
+            raise RuntimeError(
+                f"{package} {version} is a malicious release (GHSA-w37p-236h-pfx3): rotate your credentials and install {package}==2.6.6"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

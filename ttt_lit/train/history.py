@@ -1,0 +1,56 @@
+"""What a run has seen so far, kept with its checkpoints so that a record written after a resume tells the whole story."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ttt_lit.train.window import StepReport
+
+
+@dataclass
+class StageHistory:
+    """One stage; plain numbers, strings, lists and dicts throughout."""
+
+    transition: dict[str, Any] | None = None
+    losses: list[float] = field(default_factory=list)
+    """Loss of every optimiser step, nats per token."""
+    norm_sums: list[float] = field(default_factory=list)
+    """Sum over steps of the mean ‖ΔW‖ of each inner step, in the order of the chunks."""
+    norm_range: list[float] = field(default_factory=list)
+    """Smallest, largest and last mean ‖ΔW‖ over an optimiser step's chunks."""
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    peak_gib: float = 0.0
+
+    def add_step(self, report: StepReport) -> None:
+        self.losses.append(report.loss)
+        norms = report.update_norms
+        if not norms:
+            return
+        self.norm_sums = [a + b for a, b in zip(self.norm_sums or [0.0] * len(norms), norms, strict=True)]
+        mean = sum(norms) / len(norms)
+        low, high = (self.norm_range[0], self.norm_range[1]) if self.norm_range else (mean, mean)
+        self.norm_range = [min(low, *norms), max(high, *norms), mean]
+
+    @property
+    def update_norm_by_chunk(self) -> list[float]:
+        """Mean ‖ΔW‖ over the stage's steps of each inner step."""
+        return [total / len(self.losses) for total in self.norm_sums]
+
+
+@dataclass
+class History:
+    """All stages that have been entered, and the series measured while they ran."""
+
+    stages: dict[str, StageHistory] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def stage(self, name: str) -> StageHistory:
+        return self.stages.setdefault(name, StageHistory())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stages": {name: dict(vars(stage)) for name, stage in self.stages.items()}, "evaluations": self.evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stages = {name: StageHistory(**stage) for name, stage in state["stages"].items()}
+        self.evaluations = list(state["evaluations"])

@@ -1,0 +1,282 @@
+"""The LightningModule: it owns the network, the stages and the ledger, and does one optimiser step exactly.
+
+Callbacks decide when a stage is entered and write down what happened; loss, inner loop, schedules and clipping are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from ttt_lit.convert.fast_mlp import TTTConfig
+from ttt_lit.convert.windowed import windowed
+from ttt_lit.data.stream import StreamRequest, TokenDataModule
+from ttt_lit.metrics import Inner
+from ttt_lit.model.decoder import Decoder
+from ttt_lit.model.spec import ModelSpec
+from ttt_lit.train.budget import Budget
+from ttt_lit.train.evaluation import Evaluation, ValidationConfig, evaluation_modes, target_bytes
+from ttt_lit.train.history import History
+from ttt_lit.train.ledger import Ledger
+from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, load_moments, set_lr
+from ttt_lit.train.parallel import fill, shard
+from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
+from ttt_lit.train.start import Start, StartConfig, resolve_start
+from ttt_lit.train.window import StepReport, StepWindow
+from ttt_lit.ttt.inner import InnerLoop, Mode
+from ttt_lit.ttt.model import TTTModel
+
+
+class TTTModule(L.LightningModule):
+    """Trains one run of stages.
+
+    Args:
+        start: the weights that the run begins with.
+        stages: which stages it has.
+        size: how big they are, in tokens.
+        budget: what it may consume.
+        ttt: which layers learn while reading; null for a model without prime MLPs.
+        inner: the inner loop.
+        optim: the outer optimiser.
+        validation: what is measured, when.
+        recompute: rebuild each prefix block's and chunk's graph in the backward instead of keeping it.
+    """
+
+    def __init__(
+        self,
+        start: StartConfig,
+        stages: Stages,
+        size: SizeConfig,
+        budget: Budget,
+        ttt: TTTConfig | None = None,
+        inner: InnerLoop = InnerLoop(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
+        validation: ValidationConfig = ValidationConfig(),  # noqa: B008 (frozen)
+        recompute: bool = True,
+    ) -> None:
+        super().__init__()
+        self.start_config, self.stages, self.size, self.budget = start, stages, size, budget
+        self.ttt, self.inner, self.optim = ttt, inner, optim
+        self.validation, self.recompute = validation, recompute
+        self.plans: tuple[StagePlan, ...] = ()
+        self.entered = -1
+        """Index of the stage whose one-time entry is done; saved with the run."""
+        self.run_name = ("unnamed", "unnamed")
+        """Experiment and id of the run."""
+        self.run_config: dict[str, Any] = {}
+        """The resolved configuration, for the record."""
+        self.validate_stage = 0
+        """Stage in which a checkpoint is measured outside of training."""
+        self.report: StepReport | None = None
+        """The last optimiser step, the same on every rank."""
+        self.history = History()
+        """What the run has seen so far; saved with the run."""
+        self._start: Start | None = None
+        self._model: TTTModel | None = None
+        self._ledger_state: dict[str, Any] | None = None
+
+    # Assembly -----------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        world = self.trainer.world_size
+        if world > 1 and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"trainer.strategy: got {type(self.trainer.strategy).__name__} on {world} devices, expected ModelParallelStrategy "
+                "(add --config configs/fsdp.yaml): others lose gradients of parameters that a stage does not use"
+            )
+        self.plans = plan_stages(self.stages, self.size, self.budget, devices=world)
+        if self._start is None:
+            self._start = resolve_start(self.start_config, self.ttt)
+        self._check_stages()
+        self.datamodule.check_model(self._start.spec.vocab_size, self._start.origin.tokenizer_hash)
+        self.ledger = Ledger(devices=world)
+        if self._ledger_state is not None:
+            self.ledger.load_state_dict(self._ledger_state)
+        self.window = StepWindow()
+        self.evaluation = Evaluation(self.size.long, has_inner_loop=self.has_inner_loop)
+        self._tables = {name: self.datamodule.token_bytes(name) for name in self._datasets()}
+
+    def _check_stages(self) -> None:
+        for plan in self.plans:
+            if plan.config.mode != "none" and not self.start.spec.ttt_layers:
+                raise ValueError(f"stage {plan.name}: mode {plan.config.mode} needs TTT layers; set model.ttt")
+        if self.start_config.load == "all" and self.plans[0].config.carry != "all":
+            raise ValueError(f"model.start: load all has no effect with carry params in stage {self.plans[0].name}; set carry: all")
+
+    def configure_model(self) -> None:
+        if self._model is not None:
+            return
+        with torch.device("meta"):
+            model = TTTModel(Decoder(self.start.spec))
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            shard(model, self.device_mesh["data_parallel"])
+        model.to_empty(device=self.trainer.strategy.root_device)
+        fill(model.decoder, self.start.state)
+        self._model = model
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(self.model.decoder.named_parameters(), self.optim)
+        if self.start.optimizer is not None:
+            load_moments(optimizer, self.model.decoder.named_parameters(), self.start.optimizer)
+        return optimizer
+
+    @property
+    def start(self) -> Start:
+        assert self._start is not None, "setup has not run"
+        return self._start
+
+    @property
+    def model(self) -> TTTModel:
+        assert self._model is not None, "configure_model has not run"
+        return self._model
+
+    @property
+    def datamodule(self) -> TokenDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def has_inner_loop(self) -> bool:
+        return bool(self.start.spec.ttt_layers)
+
+    # Stages -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> StagePlan:
+        """The stage that the network is in."""
+        assert self.entered >= 0, "no stage has been entered: the StageTransition callback is missing"
+        return self.plans[self.entered]
+
+    def stage_spec(self, plan: StagePlan) -> ModelSpec:
+        """The network's description in a stage: the start's, with the stage's window."""
+        return windowed(self.start.spec, plan.window)
+
+    def enter_stage(self, index: int) -> None:
+        """Put the network and the trainer into a stage. Repeating it (resume) changes nothing."""
+        plan = self.plans[index]
+        self.model.decoder.set_spec(self.stage_spec(plan))
+        self.trainer.accumulate_grad_batches = plan.accumulate
+        self.entered = index
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the micro-batches counted so far are whole optimiser steps."""
+        return self.ledger.spent(self.plan.name).micro_batches % self.plan.accumulate == 0
+
+    def spent_fraction(self) -> float:
+        """Share of the current stage's budget that is spent, at most 1."""
+        return min(1.0, self.ledger.spent_fraction(self.plan.name, self.plan.budget))
+
+    def stage_is_spent(self) -> bool:
+        """Whether the stage's time is over: rank 0's clock decides for all (a collective call)."""
+        return bool(self.trainer.strategy.broadcast(self.spent_fraction() >= 1.0))
+
+    # Data ---------------------------------------------------------------------------------------------------------------------
+
+    def _datasets(self) -> set[str]:
+        return {plan.config.context for plan in self.plans} | {"long"}
+
+    def train_request(self, index: int) -> StreamRequest:
+        """What the data module streams in a stage, from where the ledger says that the stage stands."""
+        plan = self.plans[index]
+        return StreamRequest(
+            dataset=plan.config.context,
+            split="train",
+            block_tokens=plan.context + 1,
+            batch_size=plan.sequences,
+            num_batches=plan.micro_batches,
+            start_batch=self.ledger.spent(plan.name).micro_batches,
+            accumulate=plan.accumulate,
+            stage=index,
+            should_stop=self.stage_is_spent if plan.micro_batches is None else None,
+        )
+
+    def validation_request(self, blocks: int | None = None) -> StreamRequest:
+        """The first ``blocks`` held-out long blocks (default: all that a stage end measures), the same for every stage and arm."""
+        blocks = blocks or self.validation.blocks
+        world = self.trainer.world_size
+        fitting = max(1, self.size.micro_batch_tokens // self.size.long)
+        if blocks % world:
+            raise ValueError(f"validation: {blocks} blocks cannot be split over {world} ranks; use a multiple of {world}")
+        batch = next(n for n in range(min(fitting, blocks // world), 0, -1) if blocks % (n * world) == 0)
+        return StreamRequest(
+            dataset="long",
+            split="validation",
+            block_tokens=self.size.long + 1,
+            batch_size=batch,
+            num_batches=blocks // (batch * world),
+        )
+
+    # Training -----------------------------------------------------------------------------------------------------------------
+
+    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> Any:
+        """Token losses of tokens (B, T+1) in the current stage's network."""
+        return self.model(
+            tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip, recompute=self.recompute
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if not self.at_boundary:
+            return
+        config, fraction = self.plan.config, self.spent_fraction()
+        lr = config.schedule.lr(config.lr, fraction)
+        self.rates = {"base": lr, "prime": lr * config.prime_lr_ratio}
+        self.inner_lr = config.inner_schedule.lr(self.inner.lr, fraction)
+        set_lr(self.optimizers().optimizer, self.rates)  # type: ignore[union-attr]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        out = self.read(batch["tokens"], mode=self.plan.config.mode, inner_lr=self.inner_lr)
+        num_bytes = target_bytes(batch["tokens"], self._tables[self.plan.config.context])
+        self.window.add(out.token_nll, out.update_norms, num_bytes)
+        return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.window.grad_norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.report = self.window.close(rates=self.rates, inner_lr=self.inner_lr)
+
+    # Validation ---------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.measure(batch["tokens"], self.evaluation)
+
+    def on_validation_epoch_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self.enter_stage(self.validate_stage)
+        self.evaluation.reset()
+
+    def measure(self, tokens: Tensor, evaluation: Evaluation) -> None:
+        """Add the losses of tokens (B, T+1) under every setting of the inner loop, at its full learning rate."""
+        modes = evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
+        losses: dict[Inner, Tensor] = {
+            inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll for inner, mode in modes.items()
+        }
+        evaluation.update(losses, target_bytes(tokens, self._tables["long"]))
+
+    # State --------------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ttt_lit"] = {
+            "entered": self.entered,
+            "ledger": self.ledger.state_dict(),
+            "history": self.history.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["ttt_lit"]
+        self.entered, self._ledger_state = saved["entered"], saved["ledger"]
+        self.history.load_state_dict(saved["history"])
+        if hasattr(self, "ledger"):
+            self.ledger.load_state_dict(saved["ledger"])

@@ -1,0 +1,82 @@
+"""What a run starts from, before it adds anything: a checkpoint of ours, or only a description of a network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttt_lit.checkpoint.receipt import LineageStep, Receipt
+from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint
+from ttt_lit.checkpoint.tokenizer_files import tokenizer_hash
+from ttt_lit.families import family_of_config
+from ttt_lit.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A network's description and history; ``checkpoint`` holds the weights, if there are any."""
+
+    spec: ModelSpec
+    family: str
+    lineage: tuple[LineageStep, ...]
+    source_config: str | None
+    """Text of the Hugging Face config.json, kept verbatim."""
+    tokenizer: Path | None
+    tokenizer_hash: str | None
+    checkpoint: Checkpoint | None
+
+    @property
+    def weights_hash(self) -> str | None:
+        return None if self.checkpoint is None else self.checkpoint.weights_hash
+
+    @property
+    def receipt(self) -> Receipt | None:
+        return None if self.checkpoint is None else self.checkpoint.receipt
+
+
+def origin_of_checkpoint(path: str) -> Origin:
+    """A checkpoint folder of ours. FileNotFoundError naming the command that makes one."""
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"model.start.init_from: {path} does not exist; make it with: python cli.py import --source DIR_OR_HUB_ID --output {path}"
+        )
+    checkpoint = load_checkpoint(path)
+    source = checkpoint.path / "source" / "config.json"
+    return Origin(
+        spec=checkpoint.spec,
+        family=checkpoint.family,
+        lineage=checkpoint.lineage,
+        source_config=source.read_text(encoding="utf-8") if checkpoint.source_config is not None else None,
+        tokenizer=checkpoint.tokenizer,
+        tokenizer_hash=checkpoint.tokenizer_hash,
+        checkpoint=checkpoint,
+    )
+
+
+def origin_of_config(path: str, tokenizer: str | None) -> Origin:
+    """A Hugging Face config.json: the shape of a network without weights."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model.start.init_from: {path} does not exist; give a checkpoint folder or a Hugging Face config.json")
+    if tokenizer is None:
+        raise ValueError("model.start.tokenizer: not set, but a config.json has no tokenizer; set it to the tokenizer's folder")
+    folder = Path(tokenizer)
+    digest = tokenizer_hash(folder)
+    if digest is None:
+        raise FileNotFoundError(f"model.start.tokenizer: {folder} holds no tokenizer; the prepare command makes or names one")
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        config: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    family = family_of_config(config)
+    return Origin(
+        spec=family.spec_from_config(config),
+        family=family.name,
+        lineage=(),
+        source_config=text,
+        tokenizer=folder,
+        tokenizer_hash=digest,
+        checkpoint=None,
+    )

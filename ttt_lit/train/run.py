@@ -1,0 +1,162 @@
+"""From a command line to a run: parse, assemble, continue or start, fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.train.module import TTTModule
+from ttt_lit.train.resume import resume_file
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
+
+# What stages need of the Trainer. They are facts of the method, so a configuration that says otherwise is refused.
+_FIXED: dict[str, Any] = {
+    "max_epochs": None,  # one epoch a stage, set once the stages are known
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,  # it would run before the first stage is entered
+    "inference_mode": False,  # the inner loop takes gradients in validation too
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,  # StageCheckpoint knows the moments at which a save is whole
+    "accumulate_grad_batches": 1,  # set per stage
+    "gradient_clip_val": None,  # optim.clip_norm, which sees every shard and logs the norm
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run's files go: ROOT/EXPERIMENT/ID/."""
+
+    experiment: str
+    """Name of the experiment; an experiment file sets it."""
+    id: str = "default"
+    """Name of this run; a second start with the same one continues it."""
+    root: str = "runs"
+    """Folder of all runs."""
+    stage: str | None = None
+    """For validate: the stage whose attention and mode are used. null: the last one."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.experiment / self.id
+
+
+class _CommandLine(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunConfig, "run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        given = self.config.trainer
+        default = self.parser.get_defaults().trainer
+        wrong = [key for key in _FIXED if key in given and given[key] not in (default.get(key), _FIXED[key])]
+        if wrong:
+            raise ValueError(f"trainer: {', '.join(wrong)} follow from the stages and cannot be set; remove them from the configuration")
+        folder = Path(self.config.run.root) / self.config.run.experiment / self.config.run.id
+        logger = TensorBoardLogger(save_dir=folder, name="", version="", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs, **_FIXED, logger=logger, default_root_dir=str(folder))
+
+
+@dataclass
+class Assembled:
+    """Everything of a run, instantiated; nothing has been read yet."""
+
+    run: RunConfig
+    trainer: L.Trainer
+    module: TTTModule
+    data: TokenDataModule
+    config: dict[str, Any]
+    """The resolved configuration as plain data."""
+
+
+def assemble(arguments: list[str], *, callbacks: bool = True) -> Assembled:
+    """Parse a command line over ``configs/base.yaml`` and build the run's parts."""
+    cli = _CommandLine(
+        TTTModule,
+        TokenDataModule,
+        run=False,
+        args=arguments,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_kwargs={"default_config_files": [str(BASE)], "prog": "cli.py fit"},
+    )
+    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    config.pop("config", None)
+    run = RunConfig(**{field.name: getattr(cli.config.run, field.name) for field in dataclasses.fields(RunConfig)})
+    cli.trainer.fit_loop.max_epochs = len(cli.model.stages.enabled())
+    if not callbacks:
+        cli.trainer.callbacks = [c for c in cli.trainer.callbacks if type(c).__module__.split(".")[0] != "callbacks"]
+    cli.model.run_name, cli.model.run_config = (run.experiment, run.id), config
+    return Assembled(run, cli.trainer, cli.model, cli.datamodule, config)
+
+
+def fit(arguments: list[str]) -> int:
+    """Start a run or continue it. Returns the exit status."""
+    parts = assemble(arguments)
+    folder = parts.run.folder
+    if _is_finished(folder):
+        print(f"{folder}: this run is finished; give another --run.id to run it again")
+        return 0
+    _claim(folder, parts.config)
+    resume = resume_file(folder)
+    if resume is not None:
+        print(f"{folder}: continuing from {resume.name}")
+    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
+    return 0
+
+
+def validate(arguments: list[str]) -> int:
+    """Measure a start checkpoint on the held-out blocks, inner loop on and off, and print the result."""
+    parts = assemble(arguments, callbacks=False)
+    names = list(parts.module.stages.enabled())
+    stage = parts.run.stage or names[-1]
+    if stage not in names:
+        raise ValueError(f"run.stage: got {stage!r}, expected one of {', '.join(names)}")
+    parts.module.validate_stage = names.index(stage)
+    parts.trainer.logger = None
+    parts.trainer.validate(parts.module, datamodule=parts.data, verbose=False)
+    for inner, result in parts.module.evaluation.compute().items():
+        print(
+            f"stage {stage}, inner loop {inner}: {result.nats_per_token:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte "
+            f"({result.tokens} tokens in {result.blocks} blocks)"
+        )
+    return 0
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the record says so. A diverged run is an error: continuing would diverge again."""
+    path = folder / "record.json"
+    if not path.is_file():
+        return False
+    record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if record["status"] == "diverged":
+        raise ValueError(f"{folder}: this run diverged ({record['reason']}); change the configuration and give another --run.id")
+    return bool(record["status"] == "finished")
+
+
+def _claim(folder: Path, config: dict[str, Any]) -> None:
+    """Write the resolved configuration into a new run's folder; a known run must have the same one."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        changed = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
+        if changed:
+            raise ValueError(
+                f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); give another --run.id"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(old) + [key for key in new if key not in old]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [where]

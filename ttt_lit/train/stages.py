@@ -1,0 +1,188 @@
+"""What a run does, as data: stages (which), a size (how much) and a budget, resolved to plain numbers before anything starts.
+
+An experiment names stages by attention, mode, context and share; a size gives tokens. So one file of a dozen numbers shrinks every
+experiment together, ratios kept. Standard library and specs only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ttt_lit.train.budget import Budget, StageBudget, split_budget
+from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
+from ttt_lit.ttt.inner import Mode
+
+Context = Literal["short", "long"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of a run with one attention policy, one inner-loop mode, one context, one dataset and one share of the budget."""
+
+    enabled: bool = True
+    """Whether the run has this stage."""
+    attention: Literal["dense", "window"] = "window"
+    """``dense``: windows as the checkpoint has them. ``window``: no layer sees further than ``window_share`` × size.window."""
+    window_share: float = 1.0
+    """Window as a share of size.window."""
+    mode: Mode = "none"
+    """What the inner loop does in training: none, static, meta or first_order."""
+    context: Context = "short"
+    """Length of the training sequences, and the data set they come from."""
+    share: float | None = None
+    """Share of the run's budget. null: what the other stages leave (one stage at most)."""
+    carry: Literal["all", "params"] = "params"
+    """``params``: the optimiser starts afresh. ``all``: its moments and step counts are carried from the stage before."""
+    lr: float = 3e-4
+    """Peak outer learning rate."""
+    prime_lr_ratio: float = 1.0
+    """Learning rate of the prime MLPs and their norms, as a multiple of ``lr``."""
+    schedule: LRSchedule = field(default_factory=lambda: LRSchedule(warmup_share=0.1))
+    """Outer learning rate over the share of the stage's budget that is spent."""
+    inner_schedule: InnerLRSchedule = field(default_factory=InnerLRSchedule)
+    """Inner learning rate over the share of the stage's budget that is spent."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.window_share <= 1:
+            raise ValueError(f"stages: window_share: got {self.window_share}, expected more than 0 and at most 1")
+        if not (self.lr > 0 and self.prime_lr_ratio >= 0):
+            raise ValueError(f"stages: got lr {self.lr} and prime_lr_ratio {self.prime_lr_ratio}, expected lr > 0 and a ratio >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The stages of a run, in this order. One optional field per stage is the form in which overlays merge field by field."""
+
+    A: StageConfig | None = None
+    """Training from scratch, or a control."""
+    B0: StageConfig | None = None
+    """Dense attention on the new data."""
+    B1: StageConfig | None = None
+    """Sliding window."""
+    B2: StageConfig | None = None
+    """TTT at the short context."""
+    C: StageConfig | None = None
+    """TTT at the long context."""
+
+    def enabled(self) -> dict[str, StageConfig]:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        stages = {name: stage for name, stage in given.items() if stage is not None and stage.enabled}
+        if not stages:
+            raise ValueError("stages: no stage is enabled; set enabled: true for at least one of A, B0, B1, B2, C")
+        return stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeConfig:
+    """How big an experiment is, in tokens."""
+
+    short: int = 8192
+    """The short context."""
+    long: int = 32768
+    """The long context."""
+    chunk: int = 1024
+    """Inner mini-batch."""
+    window: int = 8192
+    """Sliding window at window_share 1."""
+    tokens_per_step: int = 524288
+    """Tokens of one optimiser step over all ranks, the same in every stage of every arm."""
+    micro_batch_tokens: int = 32768
+    """Tokens that one device reads at a time; at least one sequence."""
+
+    def __post_init__(self) -> None:
+        problems = [f"{f.name} is {getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
+        if problems:
+            raise ValueError(f"size: {', '.join(problems)}, expected at least 1 token")
+        if self.long < self.short:
+            raise ValueError(f"size: long {self.long} is shorter than short {self.short}")
+
+    def context(self, which: Context) -> int:
+        return self.short if which == "short" else self.long
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage in numbers."""
+
+    name: str
+    index: int
+    config: StageConfig
+    context: int
+    """Tokens per sequence."""
+    window: int | None
+    """Limit on every layer's window; None: windows as in the checkpoint."""
+    chunk: int
+    budget: StageBudget
+    sequences: int
+    """Sequences per rank and micro-batch."""
+    accumulate: int
+    """Micro-batches per optimiser step."""
+    tokens_per_step: int
+
+    @property
+    def micro_batches(self) -> int | None:
+        """Micro-batches per rank in the whole stage; None where time decides."""
+        return None if self.budget.steps is None else self.budget.steps * self.accumulate
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole stage over all ranks; None where time decides."""
+        return None if self.budget.steps is None else self.budget.steps * self.tokens_per_step
+
+
+def plan_stages(stages: Stages, size: SizeConfig, budget: Budget, *, devices: int) -> tuple[StagePlan, ...]:
+    """Resolve a run to numbers. ValueError, naming the stage, for whatever does not divide or fit."""
+    enabled = stages.enabled()
+    budgets = split_budget(budget, tokens_per_step=size.tokens_per_step, shares={n: s.share for n, s in enabled.items()})
+    return tuple(
+        _plan_stage(index, name, config, size, budgets[name], devices) for index, (name, config) in enumerate(enabled.items())
+    )
+
+
+def _plan_stage(
+    index: int, name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int
+) -> StagePlan:
+    context = size.context(config.context)
+    if config.mode in ("meta", "first_order"):
+        if context % size.chunk:
+            raise ValueError(f"stage {name}: context {context} is not a multiple of size.chunk {size.chunk}: choose one that divides it")
+        if context == size.chunk:
+            raise ValueError(
+                f"stage {name}: context {context} is a single chunk, so nothing would be learnt while reading; lower size.chunk"
+            )
+    sequences, accumulate = _micro_batches(name, context, size, devices)
+    return StagePlan(
+        name=name,
+        index=index,
+        config=config,
+        context=context,
+        window=_window(name, config, size),
+        chunk=size.chunk,
+        budget=budget,
+        sequences=sequences,
+        accumulate=accumulate,
+        tokens_per_step=size.tokens_per_step,
+    )
+
+
+def _window(name: str, config: StageConfig, size: SizeConfig) -> int | None:
+    if config.attention == "dense":
+        if config.window_share != 1:
+            raise ValueError(f"stage {name}: window_share {config.window_share} has no effect with attention dense; remove one of them")
+        return None
+    return max(1, round(config.window_share * size.window))
+
+
+def _micro_batches(name: str, context: int, size: SizeConfig, devices: int) -> tuple[int, int]:
+    """Sequences per rank and micro-batch, and micro-batches per step: as many sequences as fit, in equal micro-batches."""
+    sequences, rest = divmod(size.tokens_per_step, context * devices)
+    if rest or not sequences:
+        raise ValueError(
+            f"stage {name}: size.tokens_per_step {size.tokens_per_step} is not whole sequences of {context} tokens on {devices} "
+            f"devices; use a multiple of {context * devices}"
+        )
+    fitting = max(1, min(sequences, size.micro_batch_tokens // context))
+    per_batch = next(n for n in range(fitting, 0, -1) if sequences % n == 0)
+    return per_batch, sequences // per_batch

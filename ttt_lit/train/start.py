@@ -1,0 +1,136 @@
+"""The tensors that a run starts with: inherited or random, with the prime MLPs that its TTT stages need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ttt_lit.checkpoint.receipt import Receipt
+from ttt_lit.convert.fast_mlp import TTTConfig, new_tensors, prime_state, with_prime
+from ttt_lit.model.decoder import Decoder
+from ttt_lit.model.spec import ModelSpec
+from ttt_lit.train.origin import Origin, origin_of_checkpoint, origin_of_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """The weights that a run begins with."""
+
+    init_from: str
+    """Folder of a checkpoint of ours (python cli.py import makes one). With ``init: scratch`` only its shape and tokenizer are used,
+    and a Hugging Face config.json does as well."""
+    init: Literal["checkpoint", "scratch"] = "checkpoint"
+    """``checkpoint``: its weights. ``scratch``: random weights of the same shape."""
+    load: Literal["params", "all"] = "params"
+    """``params``: weights only. ``all``: the optimiser's moments too; refused unless every shape matches."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, where ``init_from`` is a config.json."""
+    std: float = 0.02
+    """Standard deviation of random matrices."""
+    seed: int = 0
+    """Seed of every random initial value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A resolved start: the full description and every tensor, prime MLPs included."""
+
+    origin: Origin
+    spec: ModelSpec
+    """The origin's description with the prime MLPs that this run adds."""
+    state: Mapping[str, Tensor]
+    """Every parameter, float32 on CPU."""
+    added: dict[str, tuple[int, ...]]
+    """Tensors that this run adds."""
+    receipt: Receipt
+    """What became of every tensor, for weights stored in float32."""
+    optimizer: Mapping[str, Tensor] | None
+    """``NAME.exp_avg``, ``NAME.exp_avg_sq`` and ``NAME.step``, with ``load: all``."""
+
+
+def optimizer_file(checkpoint: str | Path) -> Path:
+    """Where the optimiser's state lies: beside the checkpoint folder, which holds the model alone."""
+    path = Path(checkpoint)
+    return path.with_name(path.name + ".optimizer.safetensors")
+
+
+def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
+    """Read, convert and initialise. Errors name what is missing and the command that makes it."""
+    origin = _origin(config)
+    # A checkpoint that is a TTT model already keeps its prime MLPs; a conversion is for one that has none.
+    spec = with_prime(origin.spec, ttt) if ttt is not None and not origin.spec.ttt_layers else origin.spec
+    added = new_tensors(origin.spec, spec)
+    if config.load == "all" and added:
+        raise ValueError(
+            f"model.start: load all needs a checkpoint with every tensor of this run, but {len(added)} are new "
+            f"({next(iter(added))} …); set load: params"
+        )
+    if origin.checkpoint is None or config.init == "scratch":
+        state = _random_state(origin.spec, config)
+    else:
+        state = {name: tensor.float() for name, tensor in origin.checkpoint.state().items()}
+    if added and ttt is not None:
+        state |= prime_state(origin.spec, spec, state, init=ttt.prime_init, seed=config.seed, std=config.std)
+    return Start(
+        origin=origin,
+        spec=spec,
+        state=state,
+        added=added,
+        receipt=_receipt(config, origin, added, ttt),
+        optimizer=_optimizer_state(config, state) if config.load == "all" else None,
+    )
+
+
+def _origin(config: StartConfig) -> Origin:
+    from_config = config.init_from.endswith(".json")
+    if config.init == "scratch" and config.load == "all":
+        raise ValueError("model.start: init scratch has no optimiser state to load; set load: params")
+    if from_config and config.init != "scratch":
+        raise ValueError(f"model.start.init_from: {config.init_from} has no weights; set init: scratch or name a checkpoint folder")
+    if config.tokenizer is not None and not from_config:
+        raise ValueError("model.start.tokenizer has no effect: the checkpoint folder brings its tokenizer; remove it")
+    return origin_of_config(config.init_from, config.tokenizer) if from_config else origin_of_checkpoint(config.init_from)
+
+
+def _receipt(
+    config: StartConfig, origin: Origin, added: dict[str, tuple[int, ...]], ttt: TTTConfig | None
+) -> Receipt:
+    if origin.receipt is None or config.init == "scratch":
+        shapes = origin.spec.parameter_shapes()
+        receipt = Receipt.all_new(shapes, dtype="F32", note=f"normal std {config.std:g}, norms identity, seed {config.seed}")
+    else:
+        receipt = origin.receipt.with_dtype("F32")
+    if added and ttt is not None:
+        receipt = receipt.with_new(added, dtype="F32", note=f"prime_init {ttt.prime_init}, seed {config.seed}")
+    return receipt
+
+
+def _random_state(spec: ModelSpec, config: StartConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        decoder = Decoder(spec)
+    decoder = decoder.to_empty(device="cpu")
+    decoder.initialise(config.std, torch.Generator().manual_seed(config.seed))
+    return dict(decoder.state_dict())
+
+
+def _optimizer_state(config: StartConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    path = optimizer_file(config.init_from)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.start: load all needs {path}, which is missing; a run writes it at each stage end, or set load: params"
+        )
+    saved = load_file(path)
+    expected = {f"{name}.{part}": tensor.shape for name, tensor in state.items() for part in ("exp_avg", "exp_avg_sq")}
+    expected |= {f"{name}.step": torch.Size([]) for name in state}
+    wrong = sorted(n for n in expected.keys() | saved.keys() if n not in saved or saved[n].shape != expected.get(n))
+    if wrong:
+        raise ValueError(
+            f"model.start: load all refused, {path} does not match the model in {len(wrong)} tensors: {', '.join(wrong[:3])} …"
+        )
+    return saved

@@ -1,0 +1,78 @@
+"""The proof of a stage transition: one fixed batch, read in float32 before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ttt_lit.convert.windowed import preserves_function
+from ttt_lit.model.spec import ModelSpec
+from ttt_lit.ttt.inner import Mode
+from ttt_lit.ttt.model import TTTModel
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransitionProof:
+    """What a transition did to the loss of one batch. Losses in nats per token, without inner updates."""
+
+    before: float
+    after: float
+    preserves: bool
+    """Whether the conversion must not change the function on this context."""
+    tolerance: float = TOLERANCE
+
+    @property
+    def jump(self) -> float:
+        return self.after - self.before
+
+    @property
+    def holds(self) -> bool:
+        """Written so that a NaN on either side fails."""
+        return not self.preserves or abs(self.jump) <= self.tolerance
+
+    def to_dict(self) -> dict[str, float | bool]:
+        return dataclasses.asdict(self) | {"jump": self.jump}
+
+
+def still(mode: Mode) -> Mode:
+    """The mode without inner updates in which a stage's network is compared: prime MLPs computed or not, never updated."""
+    return "none" if mode == "none" else "static"
+
+
+def prove_transition(
+    model: TTTModel, tokens: Tensor, *, before: tuple[ModelSpec, Mode], after: tuple[ModelSpec, Mode], piece: int
+) -> TransitionProof:
+    """Read tokens (B, T+1) as the old stage would and as the new one will; leaves the model with the new description.
+
+    The conversion preserves the function where every window reaches equally far on this context, and the prime MLPs are either in the
+    same mode or add exactly zero.
+    """
+    (old_spec, old_mode), (new_spec, new_mode) = before, after
+    same_reach = preserves_function(old_spec, new_spec, tokens.shape[1] - 1)
+    same_prime = still(old_mode) == still(new_mode) or _prime_is_silent(model)
+    losses = [_loss(model, tokens, spec, still(mode), piece) for spec, mode in (before, after)]
+    return TransitionProof(before=losses[0], after=losses[1], preserves=same_reach and same_prime)
+
+
+@torch.no_grad()
+def _loss(model: TTTModel, tokens: Tensor, spec: ModelSpec, mode: Mode, piece: int) -> float:
+    model.decoder.set_spec(spec)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return model(tokens, mode=mode, chunk=piece, inner_lr=0.0, clip=0.0, recompute=False).loss.item()
+
+
+def _prime_is_silent(model: TTTModel) -> bool:
+    """Whether every prime MLP adds exactly zero: zero down-projection and no post-norm that could revive it."""
+    for block, layer in zip(model.decoder.layers, model.decoder.spec.layers, strict=True):
+        if layer.prime is None:
+            continue
+        down = block.prime_mlp.down_proj.weight.detach()
+        if layer.prime.post_norm or bool((down.full_tensor() if isinstance(down, DTensor) else down).any()):
+            return False
+    return True

@@ -1,0 +1,61 @@
+"""What one optimiser step did, summed over its micro-batches and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttt_lit.train.parallel import sum_over_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimiser step, the same on every rank. Losses in nats per token."""
+
+    loss: float
+    tokens: int
+    num_bytes: int
+    grad_norm: float
+    """Global norm of the outer gradient before clipping."""
+    update_norms: tuple[float, ...]
+    """Mean ‖ΔW‖ of each inner step over the step's sequences, in the order of the chunks; empty where nothing is updated."""
+    rates: dict[str, float]
+    """Outer learning rate per group."""
+    inner_lr: float
+
+
+class StepWindow:
+    """Sums of an accumulation window, in float64 on the device of the losses: nothing is read back before the window closes."""
+
+    def __init__(self) -> None:
+        self.grad_norm: Tensor | None = None
+        self._sums: list[Tensor] = []
+        self._norms: list[Tensor] = []
+
+    def add(self, token_nll: Tensor, update_norms: Tensor, num_bytes: Tensor) -> None:
+        """One micro-batch: losses (B, T), ‖ΔW‖ (chunks − 1, B), bytes of its targets."""
+        total = token_nll.detach().sum(dtype=torch.float64)
+        count = torch.tensor(token_nll.numel(), dtype=torch.float64, device=total.device)
+        self._sums.append(torch.stack([total, count, num_bytes.to(total.device, torch.float64)]))
+        batch = torch.full((1,), float(token_nll.shape[0]), dtype=torch.float64, device=total.device)
+        self._norms.append(torch.cat([update_norms.detach().sum(1, dtype=torch.float64), batch]))
+
+    def close(self, *, rates: dict[str, float], inner_lr: float) -> StepReport:
+        """Sum over ranks (a collective call) and start the next window."""
+        assert self.grad_norm is not None
+        sums = torch.cat([torch.stack(self._sums).sum(0), torch.stack(self._norms).sum(0)])
+        nll, tokens, num_bytes, *norms, sequences = sum_over_ranks(sums).tolist()
+        report = StepReport(
+            loss=nll / tokens,
+            tokens=int(tokens),
+            num_bytes=int(num_bytes),
+            grad_norm=self.grad_norm.item(),
+            update_norms=tuple(norm / sequences for norm in norms),
+            rates=dict(rates),
+            inner_lr=inner_lr,
+        )
+        self.grad_norm = None
+        self._sums, self._norms = [], []
+        return report
