@@ -1,8 +1,8 @@
 """Our checkpoint -> a Hugging Face folder that transformers loads.
 
 Names go back through the family's rules, dtypes and bytes stay, and the config is the origin's wherever it still holds.
-What the family's model class cannot be (prime MLPs, windows that differ) is refused by name: an export without it would be
-another model.
+What the family's model class cannot be (prime MLPs, windows that differ) is refused by name: an export without it would
+be another model.
 """
 
 from __future__ import annotations

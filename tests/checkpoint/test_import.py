@@ -1,0 +1,359 @@
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ttt_lit.checkpoint.importing import audit_headers, import_checkpoint
+from ttt_lit.checkpoint.store import load_checkpoint
+from ttt_lit.families import FAMILIES
+
+
+def run(folder, tmp_path, quiet, **options):
+    return import_checkpoint(str(folder), str(tmp_path / "out"), parity=False, console=quiet, **options)
+
+
+def refused(folder, tmp_path, quiet, match, **options):
+    """The import fails with one line and leaves nothing behind."""
+    with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
+        run(folder, tmp_path, quiet, **options)
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_arrives_bit_for_bit_under_our_names(hf_folder, tmp_path, quiet, shards, tied):
+    folder = hf_folder(shards=shards, tie_word_embeddings=tied)
+    checkpoint = run(folder, tmp_path, quiet)
+    state = checkpoint.state()
+    assert len(state) == len(folder.tensors)
+    for name, tensor in state.items():
+        theirs = name.replace("pre_feedforward_layernorm", "post_attention_layernorm")
+        theirs = theirs if name.startswith("lm_head") else f"model.{theirs}"
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, folder.tensors[theirs]), name
+    assert checkpoint.family == "qwen2"
+    assert [step.operation for step in checkpoint.lineage] == ["import"]
+    checkpoint.verify()
+
+
+def test_same_input_same_bytes_out(hf_folder, tmp_path, quiet):
+    folder = hf_folder()
+    outputs = []
+    for name in ("one", "two"):
+        import_checkpoint(str(folder), str(tmp_path / name), parity=False, console=quiet)
+        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        outputs.append([(p.relative_to(tmp_path / name), p.read_bytes()) for p in files])
+    assert outputs[0] == outputs[1]
+
+
+def test_the_audit_accounts_for_every_key_and_file(hf_folder, tmp_path, quiet):
+    folder = hf_folder(shards=2)
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {"a": 0, "b": 49}}, "added_tokens": [{"id": 60}]})
+    )
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    (folder / "other.safetensors").write_bytes(b"")
+    (folder / "modeling_x.py").write_text("raise SystemExit('remote code ran')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_x.Model"}}))
+    checkpoint = run(folder, tmp_path, quiet)
+    audit = json.loads((tmp_path / "out/audit.json").read_text())
+    assert {record["source"] for record in audit["tensors"]} == set(folder.tensors)
+    assert {record["status"] for record in audit["tensors"]} == {"inherited"}
+    assert {record["dtype"] for record in audit["tensors"]} == {"BF16"}
+    by_source = {record["source"]: record["shape"] for record in audit["tensors"]}
+    assert all(by_source[name] == list(tensor.shape) for name, tensor in folder.tensors.items())
+    assert audit["counts"]["inherited"]["parameters"] == sum(t.numel() for t in folder.tensors.values())
+    assert {file["name"] for file in audit["files"]} == {
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    assert all(len(file["sha256"]) == 64 for file in audit["files"])
+    assert audit["tokenizer"]["sha256"] == checkpoint.tokenizer_hash
+    assert audit["parity"] == "not checked: switched off"
+    notes = " ".join(audit["notes"])
+    for expected in ("auto_map", "pytorch_model.bin", "other.safetensors", "id 60"):
+        assert expected in notes
+    assert not list((tmp_path / "out").rglob("*.py"))
+    printed = quiet.file.getvalue()
+    assert "model.layers.*.self_attn.q_proj.bias" in printed
+    assert audit["files"][0]["sha256"] in printed
+
+
+def test_missing_extra_and_misshapen_keys_are_all_named(hf_folder, tmp_path, quiet):
+    def edit(tensors):
+        del tensors["model.layers.1.self_attn.v_proj.bias"]
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+        tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(24, 16)
+        tensors["model.layers.2.mlp.down_proj.weight"] = torch.zeros(16, 20)
+
+    with pytest.raises(ValueError, match="missing") as error:
+        audit_headers(str(hf_folder(edit=edit)))
+    for key in ("layers.1.self_attn.v_proj.bias", "model.norm", "rotary_emb", "layers.3.mlp", "layers.2.mlp.down_proj"):
+        assert key in str(error.value)
+    assert "--allow" in str(error.value)
+    assert "(16, 20) instead of (16, 24)" in str(error.value)
+
+
+EXTRA = "model.rotary_emb.inv_freq"
+
+
+def add_extra(tensors):
+    tensors[EXTRA] = torch.zeros(2)
+
+
+def test_an_extra_key_is_dropped_only_with_a_reason_that_goes_into_the_audit(hf_folder, tmp_path, quiet):
+    folder = hf_folder(edit=add_extra)
+    refused(folder, tmp_path, quiet, EXTRA)
+    checkpoint = run(folder, tmp_path, quiet, allow=[f"{EXTRA}=computed, not learned = fine"])
+    dropped = [record for record in checkpoint.receipt.records if record.status == "dropped"]
+    assert [(record.name, record.note) for record in dropped] == [(EXTRA, "computed, not learned = fine")]
+    assert checkpoint.lineage[0].parameters == {"allow": {EXTRA: "computed, not learned = fine"}}
+
+
+@pytest.mark.parametrize(
+    "allow, message",
+    [
+        (["model.norm.weight=do not need it"], "cannot do without"),
+        (["no.such.key=why not"], "no.such.key is not in the checkpoint"),
+        ([EXTRA], "expected KEY=REASON"),
+        ([f"{EXTRA}="], "expected KEY=REASON"),
+        ([f"{EXTRA}=a", f"{EXTRA}=b"], "each key once"),
+    ],
+)
+def test_exceptions_that_cannot_be_made_are_refused(hf_folder, tmp_path, quiet, allow, message):
+    refused(hf_folder(edit=add_extra), tmp_path, quiet, message, allow=allow)
+
+
+def test_a_missing_key_cannot_be_allowed(hf_folder, tmp_path, quiet):
+    folder = hf_folder(edit=lambda tensors: tensors.pop("model.norm.weight"))
+    refused(folder, tmp_path, quiet, "missing.*model.norm.weight.*cannot do without", allow=["model.norm.weight=new"])
+
+
+def test_a_second_copy_of_a_tied_head_is_dropped_only_if_equal(hf_folder, tmp_path, quiet):
+    def copy(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def other(tensors):
+        copy(tensors)
+        tensors["lm_head.weight"][7, 3] += 1
+
+    refused(hf_folder(name="differs", edit=other), tmp_path, quiet, "lm_head.weight is not model.embed_tokens.weight")
+    checkpoint = run(hf_folder(edit=copy), tmp_path, quiet)
+    dropped = [record for record in checkpoint.receipt.records if record.status == "dropped"]
+    assert [record.name for record in dropped] == ["lm_head.weight"]
+    assert "equal byte for byte" in dropped[0].note
+
+
+def test_an_untied_model_without_its_head_is_incomplete(hf_folder, tmp_path, quiet):
+    folder = hf_folder(tie_word_embeddings=False, edit=lambda tensors: tensors.pop("lm_head.weight"))
+    refused(folder, tmp_path, quiet, "missing: lm_head.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused_by_name(hf_folder, tmp_path, quiet, value):
+    folder = hf_folder(edit=lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    refused(folder, tmp_path, quiet, r"layers\.1\.mlp\.up_proj.*NaN or infinite")
+
+
+def test_quantised_weights_are_refused(hf_folder, tmp_path, quiet):
+    def edit(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.int8)
+
+    refused(hf_folder(edit=edit), tmp_path, quiet, "quantised: model.layers.1.mlp.up_proj.weight I8")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_pickles_are_refused_and_never_opened(tmp_path, quiet, name):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    os.mkfifo(folder / name)  # opening it would block for ever
+    refused(folder, tmp_path, quiet, f"{name}.*can run code")
+
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "../secret.safetensors",
+        "/etc/secret.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "C:x.safetensors",
+        "x\0.safetensors",
+        "..",
+        "",
+        "model.bin",
+        "absent.safetensors",
+        7,
+        None,
+        ["model.safetensors"],
+    ],
+)
+def test_an_index_cannot_lead_outside_its_folder(hf_folder, tmp_path, quiet, target):
+    folder = hf_folder(shards=2)
+    save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = target
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, tmp_path, quiet, "index.json|hf: names the file|missing")
+
+
+def test_a_link_out_of_the_folder_is_refused(hf_folder, tmp_path, quiet):
+    folder = hf_folder()
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    refused(folder, tmp_path, quiet, "link out of its folder")
+
+
+def test_the_hub_cache_layout_of_links_is_accepted(hf_folder, tmp_path, quiet):
+    cache = tmp_path / "models--x--y"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for path in hf_folder().iterdir():
+        path.rename(cache / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert run(snapshot, tmp_path, quiet).receipt.counts()["inherited"]["tensors"] == 38
+
+
+@pytest.mark.parametrize("change", ["unlisted", "elsewhere", "nowhere"])
+def test_an_index_that_contradicts_its_files_is_refused(hf_folder, tmp_path, quiet, change):
+    folder = hf_folder(shards=2)
+    path = folder / "model.safetensors.index.json"
+    weights = json.loads(path.read_text())["weight_map"]
+    if change == "unlisted":
+        del weights["model.norm.weight"]
+    elif change == "elsewhere":
+        weights["model.norm.weight"] = next(f for f in weights.values() if f != weights["model.norm.weight"])
+    else:
+        weights["model.ghost"] = SHARD
+    path.write_text(json.dumps({"weight_map": weights}))
+    refused(folder, tmp_path, quiet, "contradicts.*model.(norm.weight|ghost)")
+
+
+def test_a_single_file_beside_an_index_is_ambiguous(hf_folder, tmp_path, quiet):
+    folder = hf_folder(shards=2)
+    save_file(folder.tensors, folder / "model.safetensors")
+    refused(folder, tmp_path, quiet, "holds both")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not valid JSON"),
+        ("[]", "JSON object"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("{}", "model_type is None"),
+        ('{"model_type": "llama"}', "'llama'.*'qwen2'"),
+        ('{"model_type": ["qwen2"]}', "model_type"),
+        ('{"model_type": "qwen2"}', "is missing"),
+    ],
+)
+def test_bad_configs_end_in_one_line(hf_folder, tmp_path, quiet, text, message):
+    folder = hf_folder()
+    (folder / "config.json").write_text(text)
+    refused(folder, tmp_path, quiet, message)
+
+
+def test_a_tokenizer_of_another_model_is_refused(hf_folder, tmp_path, quiet):
+    folder = hf_folder()
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 50}}}))
+    refused(folder, tmp_path, quiet, "ids up to 50, the embedding 50 rows")
+    (folder / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    refused(folder, tmp_path, quiet, "tokenizer.json: not a usable")
+
+
+def test_our_own_checkpoint_is_no_source(hf_folder, tmp_path, quiet):
+    run(hf_folder(), tmp_path, quiet)
+    with pytest.raises(ValueError, match="ttt_lit checkpoint already"):
+        import_checkpoint(str(tmp_path / "out"), str(tmp_path / "again"), console=quiet)
+
+
+def test_an_existing_output_is_kept(hf_folder, tmp_path, quiet):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        run(hf_folder(), tmp_path, quiet)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_checkpoint_in_the_reference_layout_imports(hf_folder, tmp_path, quiet):
+    """Stacked, transposed and paired tensors take the same road; what is switched off is dropped with the reason."""
+    case = {"mode": "meta", "prime": True, "inner": "prime", "tie": False, "pre_norm": True, "post_norm": False}
+    case |= {"qk_norm": False, "layers": 3, "suffix": 1, "hidden": 8, "inter": 12, "heads": 2, "vocab": 11, "window": 4}
+    case |= {"theta": 10000.0, "block": "SWA", "model_type": "ttt_e2e"}
+    family = FAMILIES["ttt_e2e"]
+    spec = family.spec_from_config(case)
+    tensors = {name: torch.randn(shape) for name, shape in family.stored_shapes(spec).items()}
+    off = "language_model.model.h.blocks.seq_post_norm.weight"
+    tensors[off] = torch.ones(3, 8)
+    folder = tmp_path / "ref"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(case))
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = run(folder, tmp_path, quiet)
+    gate = tensors["language_model.model.h.blocks.feed_forward.w1.weight"][1].t()
+    assert torch.equal(checkpoint.state()["layers.1.mlp.gate_proj.weight"], gate)
+    dropped = [(r.name, r.note) for r in checkpoint.receipt.records if r.status == "dropped"]
+    assert dropped == [(off, "post_norm is off")]
+    with pytest.raises(ValueError, match="no model in transformers"):
+        import_checkpoint(str(folder), str(tmp_path / "again"), console=quiet)
+
+
+def test_the_import_streams_one_tensor_at_a_time(hf_folder, tmp_path, quiet, monkeypatch):
+    """No more than one source tensor is alive while another is read."""
+    import weakref
+
+    from ttt_lit.checkpoint import importing
+
+    alive, most, real = weakref.WeakSet(), 0, importing.read_tensor
+
+    def counting(stored):
+        nonlocal most
+        tensor = real(stored)
+        alive.add(tensor.untyped_storage())
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(importing, "read_tensor", counting)
+    run(hf_folder(), tmp_path, quiet)
+    assert 1 <= most <= 2
+
+
+def test_shards_of_the_output_follow_its_size(hf_folder, tmp_path, quiet):
+    folder = hf_folder()
+    checkpoint = run(folder, tmp_path, quiet, shard_bytes=4000)
+    merged = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        merged |= load_file(path)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert merged.keys() == checkpoint.spec.parameter_shapes().keys()
+    assert load_checkpoint(tmp_path / "out").weights_hash == checkpoint.weights_hash
+
+
+def test_a_broken_map_of_the_family_does_not_pass_the_receipt(hf_folder, tmp_path, quiet, monkeypatch):
+    """The receipt is checked against the spec, so a family that forgets a parameter cannot write a checkpoint."""
+    family = FAMILIES["qwen2"]
+
+    def forgetful(spec):
+        sources = family.sources(spec)
+        del sources["layers.0.mlp.up_proj.weight"]
+        return sources
+
+    monkeypatch.setitem(FAMILIES, "qwen2", dataclasses.replace(family, sources=forgetful))
+    with pytest.raises(KeyError, match="up_proj"):
+        run(hf_folder(), tmp_path, quiet)
+    assert not (tmp_path / "out").exists()
