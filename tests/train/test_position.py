@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from ttt_lit.train.position import PositionLoss, bucket_means, position_buckets
 
+ALL_LOSSES = torch.arange(12.0).view(3, 4)
+
 
 def test_curve_mean_and_bits_per_byte_are_those_of_all_blocks_together():
     generator = torch.Generator().manual_seed(0)
@@ -44,16 +46,25 @@ def test_another_context_is_refused():
         PositionLoss(4).update(torch.ones(2, 8), 1)
 
 
-def test_states_of_two_ranks_reduce_by_sum():
-    nll = torch.arange(12.0).view(3, 4)
-    whole, left, right = PositionLoss(4), PositionLoss(4), PositionLoss(4)
-    whole.update(nll, 9)
-    left.update(nll[:1], 3)
-    right.update(nll[1:], 6)
-    for name, reduce in left._reductions.items():
-        setattr(left, name, reduce(torch.stack([getattr(left, name), getattr(right, name)])))
-    assert left.compute().nats_per_token == whole.compute().nats_per_token
-    assert torch.equal(left.compute().curve, whole.compute().curve)
+def _measure_on_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    metric = PositionLoss(4)
+    rows = ALL_LOSSES[:1] if rank == 0 else ALL_LOSSES[1:]
+    metric.update(rows, 3 if rank == 0 else 6)
+    torch.save(tuple(metric.compute()), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_two_ranks_with_unequal_shares_report_what_one_process_reports(tmp_path):
+    torch.multiprocessing.spawn(_measure_on_rank, args=(str(tmp_path),), nprocs=2)
+    whole = PositionLoss(4)
+    whole.update(ALL_LOSSES, 9)
+    curve, *numbers = whole.compute()
+    for rank in (0, 1):
+        rank_curve, *rank_numbers = torch.load(tmp_path / f"rank{rank}.pt")
+        assert torch.equal(rank_curve, curve)
+        assert rank_numbers == numbers
 
 
 @settings(deadline=None, max_examples=200)
