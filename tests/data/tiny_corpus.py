@@ -3,12 +3,15 @@
 import random
 from pathlib import Path
 
-WORDS = ["the", "def", "return", "self", "import", "class", "naïve", "straße", "中文", "Ελλάδα", "emoji😀", "<|endoftext|>", "<s>", "▁", "<0x41>", "\t", "", "\n"]
+PLAIN = "the def return self import class"
+OTHER_SCRIPTS = "naïve straße 中文 Ελλάδα emoji😀"
+SPECIAL = "<|endoftext|> <s> ▁ <0x41>"
+WORDS = [*f"{PLAIN} {OTHER_SCRIPTS} {SPECIAL}".split(), "\t", "\n", ""]
 
 
 def make_texts(count: int = 60) -> list[str]:
-    random.seed(1)
-    texts = [" ".join(random.choices(WORDS, k=random.randint(1, 120))) for _ in range(count)]
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 120))) for _ in range(count)]
     return [*texts, *texts[:10]]
 
 

@@ -59,20 +59,25 @@ def torchvision_problem() -> str | None:
     return None
 
 
-def write_shard(folder: Path, split: str, number: int, tokens: np.ndarray) -> tuple[ShardEntry, dict[str, Any]]:
-    """Write ``tokens`` as shard ``number`` of a split; returns its entry and LitData's description (chunk, config)."""
+def write_shard(
+    folder: Path, split: str, number: int, tokens: np.ndarray, *, scratch: Path
+) -> tuple[ShardEntry, dict[str, Any]]:
+    """Write ``tokens`` as shard ``number`` of a split; returns its entry and LitData's description (chunk, config).
+
+    LitData writes into ``scratch``, a folder on the same disk; the shard appears under its name when it is complete.
+    """
     import torch
 
     streaming = import_litdata()
     target = folder / split
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="shard-") as scratch:
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         cache = streaming.Cache(
-            scratch, chunk_size=len(tokens), item_loader=streaming.TokensLoader(), writer_chunk_index=number
+            temporary, chunk_size=len(tokens), item_loader=streaming.TokensLoader(), writer_chunk_index=number
         )
         cache[0] = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int32))
         (written,) = (Path(path) for path in cache.done())
-        description = json.loads((Path(scratch) / "0.index.json").read_text())
+        description = json.loads((Path(temporary) / "0.index.json").read_text())
         name = f"{split}/{written.name}"
         written.replace(folder / name)
     path = folder / name

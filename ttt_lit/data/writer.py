@@ -162,7 +162,9 @@ class SplitWriter:
 
     def _write(self, count: int) -> None:
         tokens = self._joined()
-        entry, description = write_shard(self.folder, self.split, len(self.shards), tokens[:count])
+        entry, description = write_shard(
+            self.folder, self.split, len(self.shards), tokens[:count], scratch=self.folder / PROGRESS
+        )
         self.shards.append(entry)
         self._descriptions.append(description)
         self._pending, self._pending_tokens = [tokens[count:]], len(tokens) - count

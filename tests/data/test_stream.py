@@ -1,0 +1,381 @@
+import dataclasses
+import itertools
+import json
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ttt_lit.data.shards as shards_module
+from ttt_lit.data.manifest import Manifest, prepare_command
+from ttt_lit.data.order import SHARDS_PER_GROUP, ShuffledOrder, first_blocks
+from ttt_lit.data.stream import StreamRequest, TokenDataModule
+
+# On one core torch finds any number of workers excessive.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def request(**changes):
+    defaults = {"dataset": "short", "split": "train", "block_tokens": 17, "batch_size": 4, "num_batches": 30}
+    return StreamRequest(**defaults | changes)
+
+
+def indices(stream):
+    return [batch["index"].tolist() for batch in stream]
+
+
+@pytest.fixture
+def module(packed, per_document):
+    return TokenDataModule(short=str(packed), long=str(per_document), seed=5)
+
+
+def test_a_batch_holds_the_blocks_it_names(module, packed):
+    manifest = module.manifest("short")
+    tokens = shards_module.TokenReader(packed, manifest.train, manifest.vocab_size).read(0, manifest.train.tokens)
+    for batch in module.open(request()):
+        assert batch["tokens"].shape == (4, 17)
+        assert batch["tokens"].dtype == batch["index"].dtype == torch.int64
+        for row, block in zip(batch["tokens"], batch["index"], strict=True):
+            assert row.tolist() == tokens[block * 17 : (block + 1) * 17].tolist()
+
+
+def test_packed_shards_serve_any_block_size_across_shards(module):
+    manifest = module.manifest("short")
+    assert len(manifest.train.shards) > 2
+    for block_tokens in (5, 100, 1234):
+        blocks = manifest.num_blocks("train", block_tokens)
+        assert blocks == manifest.train.tokens // block_tokens
+        stream = module.open(request(block_tokens=block_tokens, batch_size=1, num_batches=blocks))
+        served = {batch["index"].item(): batch["tokens"][0].numpy() for batch in stream}
+        joined = np.concatenate([served[block] for block in range(blocks)])
+        reader = stream.batches.reader
+        assert (joined == np.concatenate([reader.read(i, 1) for i in range(len(joined))])).all()
+
+
+def test_a_pass_takes_every_block_once_and_the_next_pass_in_another_order(module):
+    blocks = module.manifest("short").train.blocks
+    order = [index for (index,) in indices(module.open(request(batch_size=1, num_batches=2 * blocks)))]
+    first, second = order[:blocks], order[blocks:]
+    assert sorted(first) == sorted(second) == list(range(blocks))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_the_order_is_that_of_seed_and_stage(module, packed):
+    reference = indices(module.open(request(stage=1)))
+    assert indices(TokenDataModule(short=str(packed), seed=5).open(request(stage=1))) == reference
+    assert indices(module.open(request(stage=2))) != reference
+    assert indices(TokenDataModule(short=str(packed), seed=6).open(request(stage=1))) != reference
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3 * SHARDS_PER_GROUP).filter(lambda sizes: sum(sizes) > 0),
+    seed=st.integers(0, 2**40),
+)
+def test_every_pass_is_a_permutation_with_few_shards_at_a_time(sizes, seed):
+    order = ShuffledOrder(np.cumsum([0, *sizes]), seed=seed, stage=3)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    for number in range(2):
+        blocks = [order(position) for position in range(number * sum(sizes), (number + 1) * sum(sizes))]
+        assert sorted(blocks) == list(range(sum(sizes)))
+        # Once a group is left, its shards do not come back: groups hold at most SHARDS_PER_GROUP shards.
+        spans = [[i for i, block in enumerate(blocks) if shard_of[block] == s] for s in range(len(sizes)) if sizes[s]]
+        open_at = [sum(span[0] <= i <= span[-1] for span in spans) for i in range(len(blocks))]
+        assert max(open_at) <= SHARDS_PER_GROUP
+    assert [pickle.loads(pickle.dumps(order))(i) for i in range(5)] == [order(i) for i in range(5)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(tokens=st.lists(st.integers(1, 30), min_size=1, max_size=10), block_tokens=st.integers(1, 40))
+def test_blocks_belong_to_the_shard_of_their_first_token(tokens, block_tokens):
+    starts = np.cumsum([0, *tokens])
+    firsts = first_blocks(starts, block_tokens)
+    for block in range(sum(tokens) // block_tokens):
+        shard = int(np.searchsorted(starts, block * block_tokens, side="right")) - 1
+        assert firsts[shard] <= block < firsts[shard + 1]
+    assert firsts[-1] == sum(tokens) // block_tokens
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_ranks_share_a_global_batch_as_one_process_reads_it(module, start):
+    alone = list(module.open(request(batch_size=4, start_batch=start)))
+    two = [list(module.open(request(batch_size=2, start_batch=start), rank, 2)) for rank in (0, 1)]
+    assert len(alone) == len(two[0]) == 30 - start
+    for whole, *parts in zip(alone, *two, strict=True):
+        assert torch.equal(whole["tokens"], torch.cat([part["tokens"] for part in parts]))
+        assert torch.equal(whole["index"], torch.cat([part["index"] for part in parts]))
+
+
+def test_any_number_of_workers_reads_the_same_and_leaves_the_random_state_alone(module, packed):
+    workers = TokenDataModule(short=str(packed), seed=5, num_workers=2)
+    state = torch.get_rng_state()
+    for split in ("train", "validation"):
+        wanted = request(split=split, num_batches=6, start_batch=1)
+        pairs = zip(module.open(wanted), workers.open(wanted), strict=True)
+        assert all(torch.equal(mine["tokens"], theirs["tokens"]) for mine, theirs in pairs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_stream_is_the_rest_and_keeps_its_length(packed, num_workers):
+    whole = indices(TokenDataModule(short=str(packed)).open(request()))
+    for start in (1, 13, 30):
+        stream = TokenDataModule(short=str(packed), num_workers=num_workers).open(request(start_batch=start))
+        assert len(stream) == 30
+        assert indices(stream) == whole[start:]
+        assert indices(stream) == whole[start:]
+
+
+def test_iterating_does_nothing_before_the_first_batch_is_asked_for(module):
+    asked = []
+    stream = module.open(request(num_batches=None, should_stop=lambda: asked.append(1)))
+    first, second = iter(stream), iter(stream)
+    assert not asked
+    assert torch.equal(next(first)["index"], next(second)["index"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unsized_stream_asks_at_window_starts_when_the_batch_is_wanted(packed, num_workers):
+    trained = []
+    asked = []
+
+    def should_stop():
+        asked.append(len(trained))
+        return len(trained) >= 5
+
+    module = TokenDataModule(short=str(packed), num_workers=num_workers)
+    stream = module.open(request(num_batches=None, start_batch=3, accumulate=3, should_stop=should_stop))
+    assert not hasattr(stream, "__len__")
+    for batch in stream:
+        trained.append(batch["index"].tolist())
+    # Numbers 3 … 8 of the stage: asked before 3, 6 and 9; five were not yet trained at 6.
+    assert asked == [0, 3, 6]
+    assert trained == indices(TokenDataModule(short=str(packed)).open(request()))[3:9]
+
+
+def test_a_sized_stream_may_be_stopped_too(module):
+    stops = iter([False, True])
+    assert len(indices(module.open(request(accumulate=2, should_stop=lambda: next(stops))))) == 2
+
+
+def test_validation_is_in_order_once_and_its_limit_is_stated(module):
+    blocks = module.manifest("short").validation.blocks
+    whole = blocks // 4
+    served = indices(module.open(request(split="validation", num_batches=whole)))
+    assert list(itertools.chain(*served)) == list(range(whole * 4))
+    with pytest.raises(ValueError, match=rf"there are {blocks} blocks of 17 tokens: at most {whole} batches"):
+        module.open(request(split="validation", num_batches=whole + 1))
+
+
+def test_a_per_document_folder_serves_its_own_block_size_only(module):
+    assert len(indices(module.open(request(dataset="long", block_tokens=65)))) == 30
+    with pytest.raises(ValueError, match="got 17, but the folder is per_document with blocks of 65"):
+        module.open(request(dataset="long"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_batches": None}, "num_batches"),
+        ({"num_batches": None, "split": "validation", "should_stop": bool}, "num_batches"),
+        ({"num_batches": 3, "start_batch": 4}, "at least start_batch"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+    ],
+)
+def test_a_bad_request_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        request(**changes)
+
+
+def test_unknown_names_and_too_large_blocks_are_errors(module, packed):
+    with pytest.raises(ValueError, match="data.long"):
+        TokenDataModule(short=str(packed)).open(request(dataset="long"))
+    with pytest.raises(ValueError, match="'test'"):
+        module.open(request(split="test"))
+    with pytest.raises(ValueError, match="holds no block of 10000000 tokens"):
+        module.open(request(block_tokens=10_000_000))
+
+
+def test_token_bytes_sum_to_the_bytes_in_the_manifest(module, packed):
+    table = module.token_bytes("short")
+    manifest = module.manifest("short")
+    assert table.shape == (manifest.vocab_size,)
+    assert table.dtype == torch.int64
+    reader = shards_module.TokenReader(packed, manifest.train, manifest.vocab_size)
+    assert table[torch.from_numpy(reader.read(0, manifest.train.tokens))].sum() == manifest.train.stored_bytes
+
+
+def test_the_model_must_have_the_vocabulary_and_the_tokenizer(module):
+    known = module.manifest("short").tokenizer_hash
+    module.check_model(300, known)
+    module.check_model(320, None)
+    with pytest.raises(ValueError, match="vocabulary of 300 tokens, the model has 299"):
+        module.check_model(299, None)
+    with pytest.raises(ValueError, match="made with tokenizer"):
+        module.check_model(300, "0" * 64)
+
+
+@pytest.fixture
+def damaged(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_whole_shards_pass_the_check(damaged):
+    TokenDataModule(short=str(damaged)).setup()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("verify", ["full", "size"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "damaged, got .* bytes"),
+        (lambda path: path.write_bytes(b""), "damaged, got 0 bytes"),
+        (Path.unlink, "missing"),
+    ],
+)
+def test_a_damaged_shard_is_named_with_the_way_to_remake_it(damaged, damage, message, verify):
+    damage(damaged / "train" / "chunk-0-1.bin")
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=f"chunk-0-1.bin: {message}.*python cli.py prepare"
+    ) as caught:
+        TokenDataModule(short=str(damaged), verify=verify).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_flipped_bits_and_foreign_shards_are_found_by_their_contents(damaged):
+    flip(damaged / "validation" / "chunk-0-0.bin")
+    with pytest.raises(ValueError, match=r"validation/chunk-0-0\.bin: damaged or from another data set"):
+        TokenDataModule(short=str(damaged)).setup()
+    TokenDataModule(short=str(damaged), verify="size").setup()
+
+
+def test_ids_outside_the_vocabulary_are_found_when_read(damaged):
+    path = damaged / "train" / "chunk-0-0.bin"
+    words = np.fromfile(path, dtype=np.int32)
+    words[3:] = 300
+    words.tofile(path)
+    module = TokenDataModule(short=str(damaged), verify="size")
+    module.setup()
+    with pytest.raises(ValueError, match=r"chunk-0-0\.bin: damaged or from another tokenizer.*0…299"):
+        indices(module.open(request(num_batches=200)))
+
+
+def test_a_missing_folder_names_the_config_that_makes_it(tmp_path, monkeypatch):
+    configs = tmp_path / "configs" / "data"
+    configs.mkdir(parents=True)
+    (configs / "mine.yaml").write_text("output: artifacts/mine\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="artifacts/mine.*prepare --config configs/data/mine.yaml"):
+        TokenDataModule(short="artifacts/mine").setup()
+    assert prepare_command(Path("other")).endswith("configs/data/NAME.yaml")
+    Path("artifacts/mine.partial").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="unfinished"):
+        TokenDataModule(short="artifacts/mine").setup()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"format_version": 99}, "format version 99"), ({"dtype": None, "new": 1}, "not a manifest")],
+)
+def test_a_manifest_of_another_kind_is_refused(damaged, changes, message):
+    path = damaged / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        Manifest.load(damaged)
+
+
+@pytest.mark.parametrize("changes, message", [({"split": "other"}, "split"), ({"tokenizer_hash": "0"}, "tokenizers")])
+def test_short_and_long_must_share_tokenizer_and_split(damaged, per_document, changes, message):
+    manifest = dataclasses.replace(Manifest.load(damaged), **changes)
+    (damaged / "manifest.json").write_text(manifest.to_json())
+    with pytest.raises(ValueError, match=message):
+        TokenDataModule(short=str(damaged), long=str(per_document)).setup()
+
+
+def test_a_broken_torchvision_is_reported_before_training(packed, monkeypatch):
+    monkeypatch.setattr(shards_module, "find_spec", lambda name: object())
+
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(shards_module, "import_module", broken)
+    with pytest.raises(ValueError, match="torchvision is installed but broken.*nms"):
+        TokenDataModule(short=str(packed)).setup()
+
+
+class Recorder(lightning.LightningModule):
+    """Two stages: three sized windows of blocks of 17, then an unsized one of blocks of 65."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+        self.validated = []
+
+    def train_request(self, epoch):
+        if epoch == 0:
+            return request(num_batches=6, accumulate=2, stage=0)
+        stop = lambda: len(self.seen) >= 6 + 3  # noqa: E731
+        return request(
+            dataset="long", block_tokens=65, batch_size=2, num_batches=None, accumulate=2, stage=1, should_stop=stop
+        )
+
+    def validation_request(self):
+        return request(split="validation", num_batches=3)
+
+    def training_step(self, batch):
+        self.seen.append((self.current_epoch, *batch["tokens"].shape, batch["index"].tolist()))
+        return self.weight**2
+
+    def validation_step(self, batch):
+        self.validated.append(batch["index"].tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_trainer_gets_one_stream_per_stage(module, tmp_path):
+    recorder = Recorder()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        reload_dataloaders_every_n_epochs=1,
+        accumulate_grad_batches=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(recorder, module)
+    shapes = [shape[:3] for shape in recorder.seen]
+    assert shapes == [(0, 4, 17)] * 6 + [(1, 2, 65)] * 4
+    assert [shape[3] for shape in recorder.seen[:6]] == indices(module.open(request(num_batches=6)))
+    assert recorder.validated == 2 * indices(module.open(request(split="validation", num_batches=3)))
+
+
+def test_only_one_process_of_a_machine_reads_every_byte(damaged):
+    flip(damaged / "train" / "chunk-0-0.bin")
+    other = TokenDataModule(short=str(damaged))
+    other.trainer = SimpleNamespace(local_rank=1)
+    other.setup()
+    first = TokenDataModule(short=str(damaged))
+    first.trainer = SimpleNamespace(local_rank=0)
+    with pytest.raises(ValueError, match="SHA-256"):
+        first.setup()
