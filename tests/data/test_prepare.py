@@ -281,3 +281,22 @@ def test_progress_is_shown_only_when_asked(packed_config, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     prepare(again(packed_config, tmp_path / "shown"), progress=True)
     assert "Preparing" in capsys.readouterr().out
+
+
+def test_positions_written_after_the_last_record_are_not_kept_twice(packed, packed_config, tmp_path, monkeypatch):
+    calls = iter(range(1000))
+    save = writer_module.PositionLog.save
+
+    def interrupted_save(self):
+        count = save(self)
+        if next(calls) == 10:
+            raise Interrupted  # after writing, before the journal knows
+        return count
+
+    monkeypatch.setattr(writer_module.PositionLog, "save", interrupted_save)
+    config = again(packed_config, tmp_path)
+    with pytest.raises(Interrupted):
+        prepare(config)
+    monkeypatch.undo()
+    prepare(config)
+    assert folder_bytes(tmp_path / "data") == folder_bytes(packed)

@@ -111,7 +111,9 @@ def tokenizer_folder(name: str) -> Path:
             ) from error
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise FileNotFoundError(
-            f"tokenizer {name}: expected a folder with one of {', '.join(TOKENIZER_FILES)}; give the model's folder"
+            f"tokenizer {name}: expected a folder with one of {', '.join(TOKENIZER_FILES)}; give the model's folder, or"
+            " import the model first: python cli.py import --source MODEL --output FOLDER (its tokenizer:"
+            " FOLDER/tokenizer)"
         )
     return folder
 
