@@ -64,6 +64,11 @@ def test_state_is_cast_on_request_and_safetensors_reads_the_file(tmp_path):
     assert all(torch.equal(plain[name], tensor) for name, tensor in opened.state().items())
 
 
+def test_the_receipt_states_the_dtype_that_is_stored(tmp_path):
+    opened = save(tmp_path / "c", state=random_state(dtype=torch.bfloat16))
+    assert {record.dtype for record in opened.receipt.records} == {"BF16"}
+
+
 def test_shards_hold_the_same_tensors(tmp_path):
     opened = save(tmp_path / "c", shard_bytes=1500)
     assert sum(name.endswith(".safetensors") for name in opened.files) > 2

@@ -58,9 +58,14 @@ class Receipt:
         """The receipt after a conversion declared new tensors and how they are initialised."""
         return Receipt(self.records + Receipt.all_new(shapes, dtype=dtype, note=note).records)
 
-    def with_dtype(self, dtype: str) -> Receipt:
-        """The receipt after the checkpoint's tensors were all stored as ``dtype``; dropped ones keep theirs."""
-        return Receipt(tuple(r if r.status == "dropped" else dataclasses.replace(r, dtype=dtype) for r in self.records))
+    def stored_as(self, dtypes: Mapping[str, str]) -> Receipt:
+        """The receipt with the dtypes that the checkpoint stores; dropped tensors keep the one they had."""
+        return Receipt(
+            tuple(
+                r if r.status == "dropped" else dataclasses.replace(r, dtype=dtypes.get(r.name, r.dtype))
+                for r in self.records
+            )
+        )
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Status -> number of tensors and of parameters; every status has an entry."""

@@ -127,7 +127,7 @@ def save_checkpoint(
         spec: the network.
         state: exactly the spec's parameters: tensors, or entries that are read one by one.
         family: name in ``ttt_lit.families.FAMILIES``, decides what ``export`` writes.
-        receipt: accounts for exactly the spec's parameters.
+        receipt: accounts for exactly the spec's parameters; its dtypes become those of ``state``.
         lineage: all steps, the newest last.
         source_config: text of the origin's config.json, kept verbatim.
         generation_config: text of the origin's generation_config.json, kept verbatim.
@@ -144,7 +144,7 @@ def save_checkpoint(
             files=files,
             spec=spec,
             family=family,
-            receipt=receipt,
+            receipt=receipt.stored_as({name: _entry(value).dtype for name, value in state.items()}),
             lineage=lineage,
             source_config=source_config,
             generation_config=generation_config,
