@@ -212,6 +212,13 @@ def test_a_folder_without_tokenizer_or_with_a_broken_one_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_a_package_missing_for_sentencepiece_is_named(sentencepiece_folder, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match="pip install sentencepiece==.* protobuf"):
+        load_tokenizer(str(sentencepiece_folder))
+
+
 def test_several_processes_give_the_same_tokens_in_the_same_order(byte_level, monkeypatch):
     monkeypatch.setattr("ttt_lit.data.encode.BATCH_CHARACTERS", 500)
     definition = load_tokenizer(str(byte_level)).definition

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,12 @@ class TextTokenizer:
 def load_tokenizer(name: str) -> TextTokenizer:
     """Load a Hugging Face tokenizer folder, or fetch a hub id. Code that comes with a tokenizer is never run."""
     folder = tokenizer_folder(name)
+    _check_readable(folder, name)
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except ImportError as error:
-        raise ValueError(
-            f"tokenizer {name}: needs a package that is missing ({_first_line(error)}); pip install"
-            " sentencepiece==0.2.3"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {name}: transformers cannot load it ({_first_line(error)}); expected tokenizer.json and"
             f" tokenizer_config.json in {folder}"
@@ -159,6 +156,20 @@ def count_bytes(token: str, *, byte_level: bool) -> int:
     if token in BYTE_PIECES:
         return 1
     return len(token.replace(SPACE_PIECE, " ").encode())
+
+
+def _check_readable(folder: Path, name: str) -> None:
+    """Without these packages transformers takes a SentencePiece model for something else, and says so."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    try:
+        for package in ("sentencepiece", "google.protobuf"):
+            import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"tokenizer {name}: reading a SentencePiece model without tokenizer.json needs two more packages: pip"
+            " install sentencepiece==0.2.3 protobuf"
+        ) from error
 
 
 def _is_byte_level(full: dict[str, Any], name: str) -> bool:
