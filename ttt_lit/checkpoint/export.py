@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ttt_lit.checkpoint.audit import TIED_COPY
-from ttt_lit.checkpoint.store import check_state, load_checkpoint, new_folder
+from ttt_lit.checkpoint.folders import new_folder
+from ttt_lit.checkpoint.store import check_state, load_checkpoint
 from ttt_lit.checkpoint.tensor_files import (
     SHARD_BYTES,
     TensorEntry,

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ttt_lit.checkpoint.audit import Audit, Plan, make_plan, parse_allow, print_audit
+from ttt_lit.checkpoint.folders import new_folder
 from ttt_lit.checkpoint.headers import StoredTensor
 from ttt_lit.checkpoint.parity import ParityConfig, check_parity
 from ttt_lit.checkpoint.receipt import LineageStep
 from ttt_lit.checkpoint.source import SourceFolder, find_source, open_source
-from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint, new_folder, write_descriptions, write_weights
+from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint, write_descriptions, write_weights
 from ttt_lit.checkpoint.tensor_files import (
     SHARD_BYTES,
     TensorEntry,

@@ -18,9 +18,7 @@ A folder is complete or absent: it is written beside its place and renamed. Load
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 
+from ttt_lit.checkpoint.folders import new_folder
 from ttt_lit.checkpoint.headers import StoredTensor
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt, lineage_from_json, lineage_to_json
 from ttt_lit.checkpoint.tensor_files import (
@@ -254,28 +253,6 @@ def check_state(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, *, where
     if any(found.values()):
         text = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in found.items() if keys)
         raise ValueError(f"{where}: the tensors do not fit the spec: {text}")
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` that takes its name when the body ends well and vanishes when it does not.
-
-    Raises:
-        ValueError: ``path`` exists.
-    """
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{path} exists already; choose another output folder or remove it")
-    partial = path.absolute().with_name(f".{path.absolute().name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
 
 
 def _entry(value: torch.Tensor | TensorEntry) -> TensorEntry:
