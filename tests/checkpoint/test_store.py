@@ -76,6 +76,10 @@ def test_shards_hold_the_same_tensors(tmp_path):
     assert sum(name.endswith(".safetensors") for name in opened.files) > 2
     assert all(torch.equal(opened.state()[name], tensor) for name, tensor in random_state().items())
     opened.verify()
+    other = random_state()
+    other["norm.weight"][0] += 1
+    assert save(tmp_path / "d", shard_bytes=1500, state=other).weights_hash != opened.weights_hash
+    assert save(tmp_path / "e", shard_bytes=1500).weights_hash == opened.weights_hash
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):

@@ -17,6 +17,7 @@ A folder is complete or absent: it is written beside its place and renamed. Load
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,9 +31,7 @@ from ttt_lit.checkpoint.folders import new_folder
 from ttt_lit.checkpoint.headers import StoredTensor
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt, lineage_from_json, lineage_to_json
 from ttt_lit.checkpoint.tensor_files import (
-    INDEX_FILE,
     SHARD_BYTES,
-    SINGLE_FILE,
     TensorEntry,
     entry_of,
     hash_file,
@@ -102,8 +101,9 @@ class Checkpoint:
 
     @property
     def weights_hash(self) -> str:
-        """Identity of the weights for lineages: the hash of the only weight file, or of the shards' index."""
-        return self.files[INDEX_FILE] if INDEX_FILE in self.files else self.files[SINGLE_FILE]
+        """Identity of the weights, for lineages: the hash of the weight file, or over those of the shards in order."""
+        hashes = [self.files[name] for name in sorted(self.files) if name.endswith(".safetensors")]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def save_checkpoint(
