@@ -60,7 +60,9 @@ def _prepare(arguments: list[str]) -> int:
     from ttt_lit.data.prepare import PrepareConfig, prepare
 
     parser = ArgumentParser(prog="cli.py prepare", description=_prepare.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file of the settings below, e.g. configs/data/stdlib.yaml")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of the settings below, e.g. configs/data/stdlib.yaml"
+    )
     parser.add_class_arguments(PrepareConfig)
     given = parser.parse_args(arguments).as_dict()
     given.pop("config")

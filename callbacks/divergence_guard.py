@@ -7,12 +7,8 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.train.divergence import DivergenceDetector
+from ttt_lit.train.divergence import Diverged, DivergenceDetector
 from ttt_lit.train.module import TTTModule
-
-
-class Diverged(RuntimeError):
-    """The run is not worth continuing. The message has the reason, the stage, the step and the last good checkpoint."""
 
 
 class DivergenceGuard(L.Callback):

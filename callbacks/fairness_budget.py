@@ -35,7 +35,9 @@ class FairnessBudget(L.Callback):
         if closes:
             assert report is not None
             if report.tokens != plan.tokens_per_step:
-                raise RuntimeError(f"stage {plan.name}: a step saw {report.tokens} tokens, expected {plan.tokens_per_step}")
+                raise RuntimeError(
+                    f"stage {plan.name}: a step saw {report.tokens} tokens, expected {plan.tokens_per_step}"
+                )
             ledger.count_optimizer_step()
 
     def on_validation_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]

@@ -78,5 +78,3 @@ class PositionLossLogger(L.Callback):
         windows = {plan.window for plan in module.plans if plan.window is not None}
         window = windows.pop() if len(windows) == 1 else None
         save_position_figure(curves, run / "position_loss", window=window)
-
-

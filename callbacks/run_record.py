@@ -13,10 +13,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.divergence_guard import Diverged
-from callbacks.step_log import flop_per_token
 from ttt_lit.experiment import record as schema
 from ttt_lit.ops.attention import choose_kernel
+from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.stages import StagePlan
 
@@ -36,7 +35,7 @@ class RunRecorder(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
         if module.plan.name not in self.flops:
-            self.flops[module.plan.name] = flop_per_token(module)
+            self.flops[module.plan.name] = module.flop_per_token()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         self._write(trainer, module)
@@ -196,7 +195,9 @@ def _git() -> schema.Git:
 
     def run(*arguments: str) -> str | None:
         try:
-            return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 

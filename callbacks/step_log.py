@@ -10,7 +10,6 @@ import lightning as L
 import torch
 
 from ttt_lit import metrics
-from ttt_lit.model.flops import training_flops
 from ttt_lit.train.module import TTTModule
 
 
@@ -86,20 +85,12 @@ class StepLog(L.Callback):
         return {
             metrics.TOKENS_PER_SECOND: rate,
             metrics.SECONDS_PER_1K_TOKENS: 1000 / rate,
-            metrics.FLOP_PER_SECOND: rate * flop_per_token(module),
+            metrics.FLOP_PER_SECOND: rate * module.flop_per_token(),
         }
 
     def _now(self, module: TTTModule) -> tuple[float, int]:
         spent = module.ledger.spent(module.plan.name)
         return spent.seconds["compute"] / module.ledger.devices, spent.tokens
-
-
-def flop_per_token(module: TTTModule) -> float:
-    """Analytic training FLOPs per token of the current stage, recomputation included where it is on."""
-    plan = module.plan
-    return training_flops(
-        module.stage_spec(plan), context=plan.context, mode=plan.config.mode, chunk=plan.chunk, recompute=module.recompute
-    ).total
 
 
 def peak_memory_gib(device: torch.device) -> float:

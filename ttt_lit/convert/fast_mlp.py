@@ -57,8 +57,12 @@ def with_prime(spec: ModelSpec, config: TTTConfig) -> ModelSpec:
     chosen = ttt_layers(spec, config.layers)
     already = [i for i in chosen if spec.layers[i].prime is not None]
     if already:
-        raise ValueError(f"layers {already} have a prime MLP already: start from a checkpoint without, or keep its TTT layers")
-    prime = PrimeSpec(intermediate_size=config.prime_width or spec.intermediate_size, post_norm=config.prime_init == "paper")
+        raise ValueError(
+            f"layers {already} have a prime MLP already: start from a checkpoint without, or keep its TTT layers"
+        )
+    prime = PrimeSpec(
+        intermediate_size=config.prime_width or spec.intermediate_size, post_norm=config.prime_init == "paper"
+    )
     return spec.with_layers(
         tuple(
             dataclasses.replace(layer, prime=prime, fast="prime") if i in chosen else layer

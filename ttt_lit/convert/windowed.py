@@ -24,7 +24,9 @@ def windowed(spec: ModelSpec, window: int | None) -> ModelSpec:
 
 def preserves_function(before: ModelSpec, after: ModelSpec, context: int) -> bool:
     """Whether two descriptions of the same weights compute the same function on ``context`` tokens: equal windows up to the context."""
-    return all(_reach(a.window, context) == _reach(b.window, context) for a, b in zip(before.layers, after.layers, strict=True))
+    return all(
+        _reach(a.window, context) == _reach(b.window, context) for a, b in zip(before.layers, after.layers, strict=True)
+    )
 
 
 def _reach(window: int | None, context: int) -> int:

@@ -37,7 +37,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, spec.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValues | None = None, *, window: int | None, twice: bool = False
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: KeyValues | None = None,
+        *,
+        window: int | None,
+        twice: bool = False,
     ) -> tuple[Tensor, KeyValues]:
         """x (B, T, D) at the positions of cos and sin (T, head_dim). Returns the output and what the next chunk needs of the past."""
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))

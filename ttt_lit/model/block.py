@@ -33,19 +33,29 @@ class Block(nn.Module):
         self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size, spec.activation)
         self.post_feedforward_layernorm = norm(spec.post_norms)
 
-    def forward(
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, layer: LayerSpec, use_prime: bool = True) -> Tensor:
+        """A whole sequence at once: x (B, T, D) → (B, T, D).
+
+        Nothing else is returned, because FSDP attaches hooks to whatever a sharded block hands out.
+        """
+        return self.read(x, cos, sin, None, layer=layer, use_prime=use_prime)[0]
+
+    def read(
         self,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        past: KeyValues | None = None,
+        past: KeyValues | None,
         *,
         layer: LayerSpec,
         use_prime: bool = True,
         fast: MLPWeights | None = None,
         twice: bool = False,
     ) -> tuple[Tensor, KeyValues]:
-        """x (B, T, D) → (B, T, D) and the carried keys and values. ``fast`` replaces the matrices of the MLP that ``layer.fast`` names."""
+        """A chunk after its past: x (B, T, D) → (B, T, D) and the keys and values that the next chunk needs.
+
+        ``fast`` replaces the matrices of the MLP that ``layer.fast`` names; ``twice``: the result will be differentiated twice.
+        """
         attended, carried = self.self_attn(self.input_layernorm(x), cos, sin, past, window=layer.window, twice=twice)
         x = x + self.post_attention_layernorm(attended)
         if use_prime and self.prime_mlp is not None:

@@ -38,7 +38,11 @@ class Decoder(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embeddings (B, T, D) of tokens (B, T) int64."""
         x = self.embed_tokens(tokens)
-        return x if self.spec.embedding_scale == 1.0 else x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype, device=x.device)
+        return (
+            x
+            if self.spec.embedding_scale == 1.0
+            else x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype, device=x.device)
+        )
 
     def rope(self, length: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin tables (length, head_dim) per layer; layers of equal base share theirs."""
@@ -47,6 +51,12 @@ class Decoder(nn.Module):
             for base in {layer.rope_base for layer in self.spec.layers}
         }
         return [make[layer.rope_base] for layer in self.spec.layers]
+
+    def block(self, index: int) -> Block:
+        """One layer's weights."""
+        block = self.layers[index]
+        assert isinstance(block, Block)
+        return block
 
     @property
     def head_weight(self) -> Tensor:
@@ -58,7 +68,7 @@ class Decoder(nn.Module):
         states = [self.embed(tokens)]
         tables = self.rope(tokens.shape[1], states[0])
         for block, layer, (cos, sin) in zip(self.layers, self.spec.layers, tables, strict=True):
-            states.append(block(states[-1], cos, sin, layer=layer, use_prime=use_prime)[0])
+            states.append(block(states[-1], cos, sin, layer=layer, use_prime=use_prime))
         return states
 
     def forward(self, tokens: Tensor, *, use_prime: bool = True) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(base: float, head_dim: int, length: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    base: float, head_dim: int, length: int, *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position × frequency for positions 0 … length-1, each (length, D).
 
     Computed in float64: float32 angles at position 100,000 are off by 1e-2 rad. ``dtype`` is raised to float32 at least.

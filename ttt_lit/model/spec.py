@@ -45,7 +45,9 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise ValueError(f"LayerSpec.window: got {self.window}, expected at least 1 token, or null for dense attention")
+            raise ValueError(
+                f"LayerSpec.window: got {self.window}, expected at least 1 token, or null for dense attention"
+            )
         if not self.rope_base > 0:
             raise ValueError(f"LayerSpec.rope_base: got {self.rope_base}, expected a positive number")
         if self.fast is not None and self.fast not in get_args(FastWeights):
@@ -201,5 +203,7 @@ def _build(kind: Any, data: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise ValueError(f"{kind.__name__}: unknown fields {unknown}; known are {sorted(known)}. Was it written by a newer version?")
+        raise ValueError(
+            f"{kind.__name__}: unknown fields {unknown}; known are {sorted(known)}. Was it written by a newer version?"
+        )
     return kind(**data)

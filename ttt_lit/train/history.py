@@ -49,7 +49,10 @@ class History:
         return self.stages.setdefault(name, StageHistory())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stages": {name: dict(vars(stage)) for name, stage in self.stages.items()}, "evaluations": self.evaluations}
+        return {
+            "stages": {name: dict(vars(stage)) for name, stage in self.stages.items()},
+            "evaluations": self.evaluations,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stages = {name: StageHistory(**stage) for name, stage in state["stages"].items()}

@@ -6,7 +6,6 @@ Callbacks decide when a stage is entered and write down what happened; loss, inn
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -19,18 +18,20 @@ from ttt_lit.convert.windowed import windowed
 from ttt_lit.data.stream import StreamRequest, TokenDataModule
 from ttt_lit.metrics import Inner
 from ttt_lit.model.decoder import Decoder
+from ttt_lit.model.flops import training_flops
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.evaluation import Evaluation, ValidationConfig, evaluation_modes, target_bytes
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, load_moments, set_lr
-from ttt_lit.train.parallel import fill, shard
+from ttt_lit.train.parallel import fill, reshard, shard
 from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
 from ttt_lit.train.window import StepReport, StepWindow
 from ttt_lit.ttt.inner import InnerLoop, Mode
 from ttt_lit.ttt.model import TTTModel
+from ttt_lit.ttt.scan import SequenceLoss
 
 
 class TTTModule(L.LightningModule):
@@ -88,7 +89,7 @@ class TTTModule(L.LightningModule):
         if world > 1 and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"trainer.strategy: got {type(self.trainer.strategy).__name__} on {world} devices, expected ModelParallelStrategy "
-                "(add --config configs/fsdp.yaml): others lose gradients of parameters that a stage does not use"
+                "(--trainer.strategy fsdp2): others lose gradients of parameters that a stage does not use"
             )
         self.plans = plan_stages(self.stages, self.size, self.budget, devices=world)
         if self._start is None:
@@ -107,7 +108,9 @@ class TTTModule(L.LightningModule):
             if plan.config.mode != "none" and not self.start.spec.ttt_layers:
                 raise ValueError(f"stage {plan.name}: mode {plan.config.mode} needs TTT layers; set model.ttt")
         if self.start_config.load == "all" and self.plans[0].config.carry != "all":
-            raise ValueError(f"model.start: load all has no effect with carry params in stage {self.plans[0].name}; set carry: all")
+            raise ValueError(
+                f"model.start: load all has no effect with carry params in stage {self.plans[0].name}; set carry: all"
+            )
 
     def configure_model(self) -> None:
         if self._model is not None:
@@ -140,7 +143,7 @@ class TTTModule(L.LightningModule):
 
     @property
     def datamodule(self) -> TokenDataModule:
-        return self.trainer.datamodule  # type: ignore[attr-defined,no-any-return]
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
     def has_inner_loop(self) -> bool:
@@ -178,6 +181,12 @@ class TTTModule(L.LightningModule):
         """Whether the stage's time is over: rank 0's clock decides for all (a collective call)."""
         return bool(self.trainer.strategy.broadcast(self.spent_fraction() >= 1.0))
 
+    def flop_per_token(self) -> float:
+        """Analytic training FLOPs per token of the current stage, recomputation included where it is on."""
+        plan = self.plan
+        mode, spec = plan.config.mode, self.stage_spec(plan)
+        return training_flops(spec, context=plan.context, mode=mode, chunk=plan.chunk, recompute=self.recompute).total
+
     # Data ---------------------------------------------------------------------------------------------------------------------
 
     def _datasets(self) -> set[str]:
@@ -204,7 +213,9 @@ class TTTModule(L.LightningModule):
         world = self.trainer.world_size
         fitting = max(1, self.size.micro_batch_tokens // self.size.long)
         if blocks % world:
-            raise ValueError(f"validation: {blocks} blocks cannot be split over {world} ranks; use a multiple of {world}")
+            raise ValueError(
+                f"validation: {blocks} blocks cannot be split over {world} ranks; use a multiple of {world}"
+            )
         batch = next(n for n in range(min(fitting, blocks // world), 0, -1) if blocks % (n * world) == 0)
         return StreamRequest(
             dataset="long",
@@ -216,11 +227,14 @@ class TTTModule(L.LightningModule):
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
-    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> Any:
+    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
-        return self.model(
+        out: SequenceLoss = self.model(
             tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip, recompute=self.recompute
         )
+        if not torch.is_grad_enabled():
+            reshard(self.model)
+        return out
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if not self.at_boundary:

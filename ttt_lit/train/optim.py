@@ -71,7 +71,9 @@ def zero_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def load_moments(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], saved: Mapping[str, Tensor]) -> None:
+def load_moments(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], saved: Mapping[str, Tensor]
+) -> None:
     """Copy ``NAME.exp_avg``, ``NAME.exp_avg_sq`` and ``NAME.step`` (full tensors) into the state, sharded or not."""
     for name, parameter in named:
         for part, value in optimizer.state[parameter].items():

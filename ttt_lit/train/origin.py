@@ -58,13 +58,19 @@ def origin_of_checkpoint(path: str) -> Origin:
 def origin_of_config(path: str, tokenizer: str | None) -> Origin:
     """A Hugging Face config.json: the shape of a network without weights."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"model.start.init_from: {path} does not exist; give a checkpoint folder or a Hugging Face config.json")
+        raise FileNotFoundError(
+            f"model.start.init_from: {path} does not exist; give a checkpoint folder or a Hugging Face config.json"
+        )
     if tokenizer is None:
-        raise ValueError("model.start.tokenizer: not set, but a config.json has no tokenizer; set it to the tokenizer's folder")
+        raise ValueError(
+            "model.start.tokenizer: not set, but a config.json has no tokenizer; set it to the tokenizer's folder"
+        )
     folder = Path(tokenizer)
     digest = tokenizer_hash(folder)
     if digest is None:
-        raise FileNotFoundError(f"model.start.tokenizer: {folder} holds no tokenizer; the prepare command makes or names one")
+        raise FileNotFoundError(
+            f"model.start.tokenizer: {folder} holds no tokenizer; the prepare command makes or names one"
+        )
     text = Path(path).read_text(encoding="utf-8")
     try:
         config: dict[str, Any] = json.loads(text)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ttt_lit.ttt.model import TTTModel
@@ -24,6 +24,17 @@ def shard(model: TTTModel, mesh: DeviceMesh) -> None:
     for block in model.decoder.layers[: model.decoder.spec.suffix_start]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters after a forward that no backward follows; nothing to do where nothing is sharded.
+
+    The root unit keeps its parameters gathered until its backward. Without one, the module would go on showing plain tensors that the
+    optimiser does not know.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:

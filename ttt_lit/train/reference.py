@@ -145,9 +145,13 @@ def check_reference(files: list[str]) -> int:
     for path in files:
         case = read_case(path)
         exact, single = (check_case(case, dtype) for dtype in (torch.float64, torch.float32))
-        fields = exact.fields() | {f"float32_{name}": value for name, value in single.fields().items() if name != "worst"}
+        fields = exact.fields() | {
+            f"float32_{name}": value for name, value in single.fields().items() if name != "worst"
+        }
         passed = exact.passed and single.passed
-        print(case.name, *(f"{name}={value}" for name, value in fields.items()), "ok" if passed else "FAILED", flush=True)
+        print(
+            case.name, *(f"{name}={value}" for name, value in fields.items()), "ok" if passed else "FAILED", flush=True
+        )
         failed |= not passed
     return int(failed)
 
@@ -210,14 +214,14 @@ def _train(case: Case, dtype: torch.dtype, *, recompute: bool) -> tuple[float, f
     ours = state_to_reference(case.spec, model.decoder.state_dict(), _shapes(case.group("weight.")))
     ours.update({name: p.detach() for name, p in idle.items()})
     final = case.group("final.")
-    finals = [error(ours[name].double() - initial[name], stored.double() - initial[name]) for name, stored in final.items()]
+    finals = [
+        error(ours[name].double() - initial[name], stored.double() - initial[name]) for name, stored in final.items()
+    ]
     return error(torch.stack(losses), case.tensors["losses"]), max(finals, key=_orderable)
 
 
 def _gradients(model: TTTModel) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.decoder.named_parameters()
-    }
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.decoder.named_parameters()}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -21,5 +21,7 @@ def resume_file(run: str | Path) -> Path | None:
         return None
     path = pointer.parent / json.loads(pointer.read_text(encoding="utf-8"))["path"]
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the run points to this resume file, which is missing; start a run with another run.id")
+        raise FileNotFoundError(
+            f"{path}: the run points to this resume file, which is missing; start a run with another run.id"
+        )
     return path

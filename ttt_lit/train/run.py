@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.train.module import TTTModule
@@ -29,6 +34,18 @@ _FIXED: dict[str, Any] = {
     "accumulate_grad_batches": 1,  # set per stage
     "gradient_clip_val": None,  # optim.clip_norm, which sees every shard and logs the norm
 }
+
+
+FSDP2 = "fsdp2"
+"""Value of trainer.strategy for several devices."""
+
+
+def _fsdp2(devices: Any, num_nodes: int) -> ModelParallelStrategy:
+    """FSDP2 over all devices of all nodes. The strategy's own default would split tensors within a node instead."""
+    if devices in ("auto", -1, "-1"):
+        devices = max(1, torch.cuda.device_count())
+    count = len(devices) if isinstance(devices, list) else int(devices)
+    return ModelParallelStrategy(data_parallel_size=count * num_nodes, tensor_parallel_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +75,28 @@ class _CommandLine(LightningCLI):
         default = self.parser.get_defaults().trainer
         wrong = [key for key in _FIXED if key in given and given[key] not in (default.get(key), _FIXED[key])]
         if wrong:
-            raise ValueError(f"trainer: {', '.join(wrong)} follow from the stages and cannot be set; remove them from the configuration")
+            raise ValueError(
+                f"trainer: {', '.join(wrong)} follow from the stages and cannot be set; remove them from the configuration"
+            )
+        if given.strategy == FSDP2:
+            kwargs["strategy"] = _fsdp2(given.devices, given.num_nodes)
+        if given.enable_progress_bar is False:  # Lightning takes it for a contradiction that base.yaml names a bar
+            named = self.config_init.trainer.callbacks or []
+            kwargs["callbacks"] = [callback for callback in named if not isinstance(callback, ProgressBar)]
+        return super().instantiate_trainer(**(_FIXED | kwargs | self.run_settings()))
+
+    def run_settings(self) -> dict[str, Any]:
+        """Where the run's files go."""
         folder = Path(self.config.run.root) / self.config.run.experiment / self.config.run.id
         logger = TensorBoardLogger(save_dir=folder, name="", version="", default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs, **_FIXED, logger=logger, default_root_dir=str(folder))
+        return {"logger": logger, "default_root_dir": str(folder)}
+
+
+class _WithoutCallbacks(_CommandLine):
+    """For measuring a checkpoint: nothing is trained and nothing is written."""
+
+    def run_settings(self) -> dict[str, Any]:
+        return {"logger": False, "callbacks": []}
 
 
 @dataclass
@@ -76,30 +111,33 @@ class Assembled:
     """The resolved configuration as plain data."""
 
 
-def assemble(arguments: list[str], *, callbacks: bool = True) -> Assembled:
+def assemble(arguments: list[str], *, command: str) -> Assembled:
     """Parse a command line over ``configs/base.yaml`` and build the run's parts."""
-    cli = _CommandLine(
+    # LightningCLI warns about arguments passed in while sys.argv has some; these are the ones that were given.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # Noise of the framework about its own next versions.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
         TTTModule,
         TokenDataModule,
         run=False,
         args=arguments,
         save_config_callback=None,
         seed_everything_default=0,
-        parser_kwargs={"default_config_files": [str(BASE)], "prog": "cli.py fit"},
+        parser_kwargs={"default_config_files": [str(BASE)], "prog": f"cli.py {command}"},
     )
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     config.pop("config", None)
     run = RunConfig(**{field.name: getattr(cli.config.run, field.name) for field in dataclasses.fields(RunConfig)})
     cli.trainer.fit_loop.max_epochs = len(cli.model.stages.enabled())
-    if not callbacks:
-        cli.trainer.callbacks = [c for c in cli.trainer.callbacks if type(c).__module__.split(".")[0] != "callbacks"]
     cli.model.run_name, cli.model.run_config = (run.experiment, run.id), config
     return Assembled(run, cli.trainer, cli.model, cli.datamodule, config)
 
 
 def fit(arguments: list[str]) -> int:
     """Start a run or continue it. Returns the exit status."""
-    parts = assemble(arguments)
+    parts = assemble(arguments, command="fit")
     folder = parts.run.folder
     if _is_finished(folder):
         print(f"{folder}: this run is finished; give another --run.id to run it again")
@@ -114,13 +152,12 @@ def fit(arguments: list[str]) -> int:
 
 def validate(arguments: list[str]) -> int:
     """Measure a start checkpoint on the held-out blocks, inner loop on and off, and print the result."""
-    parts = assemble(arguments, callbacks=False)
+    parts = assemble(arguments, command="validate")
     names = list(parts.module.stages.enabled())
     stage = parts.run.stage or names[-1]
     if stage not in names:
         raise ValueError(f"run.stage: got {stage!r}, expected one of {', '.join(names)}")
     parts.module.validate_stage = names.index(stage)
-    parts.trainer.logger = None
     parts.trainer.validate(parts.module, datamodule=parts.data, verbose=False)
     for inner, result in parts.module.evaluation.compute().items():
         print(
@@ -137,7 +174,9 @@ def _is_finished(folder: Path) -> bool:
         return False
     record = yaml.safe_load(path.read_text(encoding="utf-8"))
     if record["status"] == "diverged":
-        raise ValueError(f"{folder}: this run diverged ({record['reason']}); change the configuration and give another --run.id")
+        raise ValueError(
+            f"{folder}: this run diverged ({record['reason']}); change the configuration and give another --run.id"
+        )
     return bool(record["status"] == "finished")
 
 

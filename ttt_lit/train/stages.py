@@ -48,7 +48,9 @@ class StageConfig:
         if not 0 < self.window_share <= 1:
             raise ValueError(f"stages: window_share: got {self.window_share}, expected more than 0 and at most 1")
         if not (self.lr > 0 and self.prime_lr_ratio >= 0):
-            raise ValueError(f"stages: got lr {self.lr} and prime_lr_ratio {self.prime_lr_ratio}, expected lr > 0 and a ratio >= 0")
+            raise ValueError(
+                f"stages: got lr {self.lr} and prime_lr_ratio {self.prime_lr_ratio}, expected lr > 0 and a ratio >= 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,9 @@ class SizeConfig:
     """Tokens that one device reads at a time; at least one sequence."""
 
     def __post_init__(self) -> None:
-        problems = [f"{f.name} is {getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
+        problems = [
+            f"{f.name} is {getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) < 1
+        ]
         if problems:
             raise ValueError(f"size: {', '.join(problems)}, expected at least 1 token")
         if self.long < self.short:
@@ -135,9 +139,12 @@ class StagePlan:
 def plan_stages(stages: Stages, size: SizeConfig, budget: Budget, *, devices: int) -> tuple[StagePlan, ...]:
     """Resolve a run to numbers. ValueError, naming the stage, for whatever does not divide or fit."""
     enabled = stages.enabled()
-    budgets = split_budget(budget, tokens_per_step=size.tokens_per_step, shares={n: s.share for n, s in enabled.items()})
+    budgets = split_budget(
+        budget, tokens_per_step=size.tokens_per_step, shares={n: s.share for n, s in enabled.items()}
+    )
     return tuple(
-        _plan_stage(index, name, config, size, budgets[name], devices) for index, (name, config) in enumerate(enabled.items())
+        _plan_stage(index, name, config, size, budgets[name], devices)
+        for index, (name, config) in enumerate(enabled.items())
     )
 
 
@@ -147,7 +154,9 @@ def _plan_stage(
     context = size.context(config.context)
     if config.mode in ("meta", "first_order"):
         if context % size.chunk:
-            raise ValueError(f"stage {name}: context {context} is not a multiple of size.chunk {size.chunk}: choose one that divides it")
+            raise ValueError(
+                f"stage {name}: context {context} is not a multiple of size.chunk {size.chunk}: choose one that divides it"
+            )
         if context == size.chunk:
             raise ValueError(
                 f"stage {name}: context {context} is a single chunk, so nothing would be learnt while reading; lower size.chunk"
@@ -170,7 +179,9 @@ def _plan_stage(
 def _window(name: str, config: StageConfig, size: SizeConfig) -> int | None:
     if config.attention == "dense":
         if config.window_share != 1:
-            raise ValueError(f"stage {name}: window_share {config.window_share} has no effect with attention dense; remove one of them")
+            raise ValueError(
+                f"stage {name}: window_share {config.window_share} has no effect with attention dense; remove one of them"
+            )
         return None
     return max(1, round(config.window_share * size.window))
 

@@ -92,20 +92,24 @@ def _origin(config: StartConfig) -> Origin:
     if config.init == "scratch" and config.load == "all":
         raise ValueError("model.start: init scratch has no optimiser state to load; set load: params")
     if from_config and config.init != "scratch":
-        raise ValueError(f"model.start.init_from: {config.init_from} has no weights; set init: scratch or name a checkpoint folder")
+        raise ValueError(
+            f"model.start.init_from: {config.init_from} has no weights; set init: scratch or name a checkpoint folder"
+        )
     if config.tokenizer is not None and not from_config:
         raise ValueError("model.start.tokenizer has no effect: the checkpoint folder brings its tokenizer; remove it")
-    return origin_of_config(config.init_from, config.tokenizer) if from_config else origin_of_checkpoint(config.init_from)
+    return (
+        origin_of_config(config.init_from, config.tokenizer) if from_config else origin_of_checkpoint(config.init_from)
+    )
 
 
-def _receipt(
-    config: StartConfig, origin: Origin, added: dict[str, tuple[int, ...]], ttt: TTTConfig | None
-) -> Receipt:
+def _receipt(config: StartConfig, origin: Origin, added: dict[str, tuple[int, ...]], ttt: TTTConfig | None) -> Receipt:
     if origin.receipt is None or config.init == "scratch":
         shapes = origin.spec.parameter_shapes()
-        receipt = Receipt.all_new(shapes, dtype="F32", note=f"normal std {config.std:g}, norms identity, seed {config.seed}")
+        receipt = Receipt.all_new(
+            shapes, dtype="F32", note=f"normal std {config.std:g}, norms identity, seed {config.seed}"
+        )
     else:
-        receipt = origin.receipt.with_dtype("F32")
+        receipt = origin.receipt.stored_as(dict.fromkeys(origin.spec.parameter_shapes(), "F32"))
     if added and ttt is not None:
         receipt = receipt.with_new(added, dtype="F32", note=f"prime_init {ttt.prime_init}, seed {config.seed}")
     return receipt

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ttt_lit.convert.windowed import preserves_function
 from ttt_lit.model.spec import ModelSpec
+from ttt_lit.train.parallel import reshard
 from ttt_lit.ttt.inner import Mode
 from ttt_lit.ttt.model import TTTModel
 
@@ -64,7 +65,9 @@ def prove_transition(
 def _loss(model: TTTModel, tokens: Tensor, spec: ModelSpec, mode: Mode, piece: int) -> float:
     model.decoder.set_spec(spec)
     with torch.autocast(tokens.device.type, enabled=False):
-        return model(tokens, mode=mode, chunk=piece, inner_lr=0.0, clip=0.0, recompute=False).loss.item()
+        loss: float = model(tokens, mode=mode, chunk=piece, inner_lr=0.0, clip=0.0, recompute=False).loss.item()
+    reshard(model)
+    return loss
 
 
 def _prime_is_silent(model: TTTModel) -> bool:
@@ -72,7 +75,8 @@ def _prime_is_silent(model: TTTModel) -> bool:
     for block, layer in zip(model.decoder.layers, model.decoder.spec.layers, strict=True):
         if layer.prime is None:
             continue
-        down = block.prime_mlp.down_proj.weight.detach()
-        if layer.prime.post_norm or bool((down.full_tensor() if isinstance(down, DTensor) else down).any()):
+        down: Tensor = block.get_parameter("prime_mlp.down_proj.weight").detach()
+        full = down.full_tensor() if isinstance(down, DTensor) else down
+        if layer.prime.post_norm or bool(full.any()):
             return False
     return True

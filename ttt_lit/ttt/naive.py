@@ -59,7 +59,11 @@ def _chunk_nll(
 ) -> Tensor:
     x = weights["embed_tokens.weight"][inputs] * spec.embedding_scale
     for index, layer in enumerate(spec.layers):
-        w = {name.removeprefix(f"layers.{index}."): fast.get(name, weights[name]) for name in weights if name.startswith(f"layers.{index}.")}
+        w = {
+            name.removeprefix(f"layers.{index}."): fast.get(name, weights[name])
+            for name in weights
+            if name.startswith(f"layers.{index}.")
+        }
         attended = _attention(w, spec, layer, _norm(x, w.get("input_layernorm.weight"), spec), position, cache[index])
         x = x + _norm(attended, w.get("post_attention_layernorm.weight"), spec)
         if layer.prime is not None and use_prime:

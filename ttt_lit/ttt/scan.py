@@ -61,15 +61,21 @@ def sequence_loss(
     if not updates:
         nll = token_nll_in_pieces(decoder.norm(x), decoder.head_weight, targets, piece=chunk)
         return SequenceLoss(nll, nll.new_zeros(0, nll.shape[0]))
-    return _scan_chunks(decoder, x, targets, tables, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, recompute=recompute)
+    return _scan_chunks(
+        decoder, x, targets, tables, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, recompute=recompute
+    )
 
 
 def check_chunks(length: int, chunk: int, decoder: Decoder) -> None:
     """ValueError unless ``length`` tokens are whole chunks and the network has TTT layers."""
     if chunk < 1 or length % chunk:
-        raise ValueError(f"sequence length {length} is not a multiple of the chunk of {chunk} tokens: choose a context that the chunk divides")
+        raise ValueError(
+            f"sequence length {length} is not a multiple of the chunk of {chunk} tokens: choose a context that the chunk divides"
+        )
     if not decoder.spec.ttt_layers:
-        raise ValueError("the model has no TTT layers, so there is nothing to update: set ttt.layers, or use mode none or static")
+        raise ValueError(
+            "the model has no TTT layers, so there is nothing to update: set ttt.layers, or use mode none or static"
+        )
 
 
 def _scan_chunks(
@@ -90,7 +96,10 @@ def _scan_chunks(
     bounds = range(0, x.shape[1], chunk)
     for low in bounds:
         span = slice(low, low + chunk)
-        rope = {i: (tables[i][0][span], tables[i][1][span]) for i in range(decoder.spec.suffix_start, decoder.spec.num_layers)}
+        rope = {
+            i: (tables[i][0][span], tables[i][1][span])
+            for i in range(decoder.spec.suffix_start, decoder.spec.num_layers)
+        }
         args = (decoder, x[:, span], targets[:, span], rope, past, fast)
         if low == bounds[-1]:  # the last update would be seen by nobody
             nll, _ = _run(chunk_loss, recompute, *args, False)
@@ -106,18 +115,24 @@ def initial_fast_weights(decoder: Decoder, batch: int) -> FastWeights:
     """W0 of every TTT layer, seen once per sequence."""
     layers = decoder.spec.layers
     return {
-        index: MLPWeights(*(w.expand(batch, -1, -1) for w in decoder.layers[index].fast_mlp(layers[index]).weights()))
+        index: MLPWeights(*(w.expand(batch, -1, -1) for w in decoder.block(index).fast_mlp(layers[index]).weights()))
         for index in decoder.spec.ttt_layers
     }
 
 
 def chunk_loss(
-    decoder: Decoder, x: Tensor, targets: Tensor, rope: dict[int, tuple[Tensor, Tensor]], past: Past, fast: FastWeights, twice: bool
+    decoder: Decoder,
+    x: Tensor,
+    targets: Tensor,
+    rope: dict[int, tuple[Tensor, Tensor]],
+    past: Past,
+    fast: FastWeights,
+    twice: bool,
 ) -> tuple[Tensor, Past]:
     """Token losses (B, C) of one chunk from the prefix's output x (B, C, D), and the keys and values that the next chunk carries."""
     carried: Past = {}
     for index, (cos, sin) in rope.items():
-        x, carried[index] = decoder.layers[index](
+        x, carried[index] = decoder.block(index).read(
             x, cos, sin, past.get(index), layer=decoder.spec.layers[index], fast=fast.get(index), twice=twice
         )
     return token_nll(decoder.norm(x), decoder.head_weight, targets), carried
@@ -156,7 +171,7 @@ def inner_step(
 
 
 def _block(decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor], use_prime: bool) -> Tensor:
-    return decoder.layers[index](x, *rope, layer=decoder.spec.layers[index], use_prime=use_prime)[0]
+    return decoder.block(index)(x, *rope, layer=decoder.spec.layers[index], use_prime=use_prime)
 
 
 def _run(function: Callable[..., Any], recompute: bool, *args: Any) -> Any:
