@@ -1,0 +1,118 @@
+"""The fast scan computes what its naive twin specifies: losses and every parameter's gradient, for any network."""
+
+import dataclasses
+
+import pytest
+from helpers.compare import assert_equals_naive, scan
+from helpers.tiny import random_decoder, random_tokens, specs, tiny_spec, ttt_layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttt_lit.model.spec import LayerSpec, PrimeSpec
+
+MODES = ["none", "static", "first_order", "meta"]
+# Below every gradient norm here, near them, above them, and none.
+CLIPS = st.sampled_from([1e-3, 0.3, 100.0, 0.0])
+
+
+@settings(max_examples=100)
+@given(
+    specs(),
+    st.sampled_from(MODES + ["meta", "meta"]),
+    st.sampled_from([(1, 4), (2, 4), (3, 4), (4, 3), (2, 1), (6, 2)]),
+    st.integers(1, 2),
+    CLIPS,
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_any_network_in_any_mode(spec, mode, shape, batch, clip, recompute, seed):
+    chunks, chunk = shape
+    decoder = random_decoder(spec, seed=seed)
+    tokens = random_tokens(batch, chunks * chunk + 1, seed=seed)
+    assert_equals_naive(decoder, tokens, mode=mode, chunk=chunk, inner_lr=0.3, clip=clip, recompute=recompute)
+
+
+LAYERS = {
+    "window narrower than the chunk": (LayerSpec(window=3), ttt_layer(window=3)),
+    "odd windows": (LayerSpec(window=5), ttt_layer(window=7)),
+    "window of one": (LayerSpec(window=1), ttt_layer(window=1)),
+    "window wider than the text": (LayerSpec(window=99), ttt_layer(window=99)),
+    "dense": (LayerSpec(), ttt_layer()),
+    "every layer its own window and base": (
+        LayerSpec(window=2, rope_base=10.0),
+        ttt_layer(window=3, rope_base=1000.0),
+        ttt_layer(rope_base=10.0),
+    ),
+    "TTT layers with a gap": (ttt_layer(window=5), LayerSpec(window=6), ttt_layer(window=3)),
+    "a prime MLP without fast weights above": (ttt_layer(), LayerSpec(prime=PrimeSpec(intermediate_size=5))),
+    "a prime MLP without fast weights below": (LayerSpec(prime=PrimeSpec(intermediate_size=5)), ttt_layer()),
+    "ordinary MLPs are fast": (LayerSpec(), LayerSpec(window=5, fast="mlp")),
+    "ordinary MLP fast beside a prime MLP": (LayerSpec(prime=PrimeSpec(intermediate_size=4), fast="mlp"),),
+    "one prime, one ordinary": (ttt_layer(window=5), LayerSpec(window=5, fast="mlp")),
+    "post-norm on the prime MLP": (ttt_layer(prime=PrimeSpec(intermediate_size=6, post_norm=True)),),
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_shape_of_layers_with_exact_gradients(layers, recompute):
+    decoder = random_decoder(tiny_spec(*layers))
+    assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, recompute=recompute)
+
+
+SWITCHES = {
+    "untied": {"tied_head": False},
+    "biases": {"qkv_bias": True},
+    "q/k norm": {"qk_norm": True},
+    "post-norms": {"post_norms": True},
+    "no pre-norms": {"pre_norms": False, "post_norms": True},
+    "unit offset": {"norm_unit_offset": True, "qk_norm": True},
+    "embedding scale": {"embedding_scale": 3.0},
+    "gelu": {"activation": "gelu_tanh"},
+    "score scale": {"score_scale": 0.2},
+    "as many key heads as heads": {"num_kv_heads": 2},
+    "four heads over two": {"num_heads": 4, "num_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
+def test_each_switch_of_the_network_with_exact_gradients(changes):
+    decoder = random_decoder(tiny_spec(**changes))
+    assert_equals_naive(decoder, random_tokens(2, 9), chunk=4, recompute=True)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e3])
+@pytest.mark.parametrize("inner_lr", [0.0, 0.05, 1.0])
+def test_inner_rate_and_clip_off_active_and_inactive(inner_lr, clip):
+    decoder = random_decoder(tiny_spec())
+    assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, inner_lr=inner_lr, clip=clip)
+
+
+def test_the_clip_may_bind_in_one_sequence_and_not_in_another():
+    decoder = random_decoder(tiny_spec(LayerSpec(), ttt_layer(window=5)))
+    tokens = random_tokens(3, 9)
+    with_clip = [norm_of_first_update(decoder, row, clip=1e9) for row in tokens]
+    clip = sorted(with_clip)[1] * 0.99
+    assert min(with_clip) < clip < max(with_clip)
+    assert_equals_naive(decoder, tokens, chunk=4, clip=clip)
+
+
+def norm_of_first_update(decoder, row, *, clip):
+    return scan(decoder, row[None], chunk=4, inner_lr=1.0, clip=clip).update_norms[0].item()
+
+
+def test_a_whole_sequence_as_one_chunk_is_static():
+    spec = tiny_spec()
+    decoder = random_decoder(spec)
+    tokens = random_tokens(2, 9)
+    assert_equals_naive(decoder, tokens, chunk=8, mode="meta")
+    one = decoder.get_parameter("embed_tokens.weight").grad.clone()
+    assert_equals_naive(decoder, tokens, chunk=8, mode="static")
+    assert (one - decoder.get_parameter("embed_tokens.weight").grad).abs().max() < 1e-12
+
+
+def test_windows_changed_by_a_stage_are_the_ones_that_are_read():
+    spec = tiny_spec()
+    decoder = random_decoder(spec)
+    decoder.set_spec(spec.with_layers(tuple(dataclasses.replace(layer, window=3) for layer in spec.layers)))
+    assert_equals_naive(decoder, random_tokens(1, 13), chunk=4)
