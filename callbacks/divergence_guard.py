@@ -9,6 +9,7 @@ import lightning as L
 
 from ttt_lit.train.divergence import Diverged, DivergenceDetector
 from ttt_lit.train.module import TTTModule
+from ttt_lit.train.resume import checkpoints_folder
 
 
 class DivergenceGuard(L.Callback):
@@ -42,10 +43,9 @@ class DivergenceGuard(L.Callback):
             reason = "an inner update is not finite"
         if reason is not None:
             step = module.ledger.spent(module.plan.name).optimizer_steps
-            last = getattr(trainer, "last_good_checkpoint", None)
-            go_on = f"the last good checkpoint is {last}" if last else "no checkpoint has been saved yet"
             raise Diverged(
-                f"stage {module.plan.name}, step {step}: {reason}; {go_on}. Lower inner.lr or the stage's lr and start a new run"
+                f"stage {module.plan.name}, step {step}: {reason}; the last good checkpoint is {_last_good(trainer, module)}. "
+                "Lower inner.lr or the stage's lr and start a new run"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,3 +53,10 @@ class DivergenceGuard(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.detector.load_state_dict(state)
+
+
+def _last_good(trainer: L.Trainer, module: TTTModule) -> str:
+    """The checkpoint of the last finished stage, else the run's start. A resume file may hold weights that were on their way out."""
+    if module.entered == 0:
+        return module.start_config.init_from
+    return str(checkpoints_folder(trainer.default_root_dir) / module.plans[module.entered - 1].name)

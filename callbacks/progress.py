@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -13,10 +15,12 @@ class StageProgressBar(TQDMProgressBar):
     """One bar a stage, with a time estimate where the stage's length is known.
 
     Args:
-        refresh_rate: micro-batches between two refreshes.
+        refresh_rate: micro-batches between two refreshes. null: each on a terminal, every 25th in a log file.
     """
 
-    def __init__(self, refresh_rate: int = 1) -> None:
+    def __init__(self, refresh_rate: int | None = None) -> None:
+        if refresh_rate is None:
+            refresh_rate = 1 if sys.stdout.isatty() else 25
         super().__init__(refresh_rate=refresh_rate, leave=True)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]

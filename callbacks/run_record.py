@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -85,6 +86,7 @@ class RunRecorder(L.Callback):
                 num_parameters=start.spec.num_parameters(),
                 num_layers=start.spec.num_layers,
                 ttt_layers=list(start.spec.ttt_layers),
+                spec=json.loads(start.spec.to_json()),
             ),
             environment=_environment(trainer, module),
             git=_git(),

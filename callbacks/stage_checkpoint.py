@@ -57,7 +57,7 @@ class StageCheckpoint(L.Callback):
         folder = checkpoints_folder(trainer.default_root_dir)
         path = folder / f"resume-{trainer.global_step}.ckpt"
         with module.ledger.account("checkpoint"):
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             trainer.strategy.barrier()
             if trainer.is_global_zero:
                 _point_to(folder, path)

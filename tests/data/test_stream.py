@@ -166,11 +166,16 @@ def test_a_sized_stream_may_be_stopped_too(module):
     assert len(indices(module.open(request(accumulate=2, should_stop=lambda: next(stops))))) == 2
 
 
-def test_validation_is_in_order_once_and_its_limit_is_stated(module):
+def test_validation_is_in_order_once_spread_over_the_split_and_its_limit_is_stated(module):
     blocks = module.manifest("short").validation.blocks
     whole = blocks // 4
-    served = indices(module.open(request(split="validation", num_batches=whole)))
-    assert list(itertools.chain(*served)) == list(range(whole * 4))
+    for wanted in (1, whole // 2, whole):
+        served = list(itertools.chain(*indices(module.open(request(split="validation", num_batches=wanted)))))
+        assert served == sorted(set(served))
+        assert len(served) == wanted * 4
+        # Evenly: no gap is more than one block wider than another, up to the end of the split.
+        gaps = {after - before for before, after in zip(served, [*served[1:], blocks], strict=True)}
+        assert max(gaps) - min(gaps) <= 1
     with pytest.raises(ValueError, match=rf"there are {blocks} blocks of 17 tokens: at most {whole} batches"):
         module.open(request(split="validation", num_batches=whole + 1))
 

@@ -18,7 +18,8 @@ class Spy(L.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         named = dict(module.model.decoder.named_parameters())
-        gradients = dict(gather({name: p.grad for name, p in named.items() if p.grad is not None}))
+        gathered = gather({name: p.grad for name, p in named.items() if p.grad is not None})
+        gradients = {name: gradient.clone() for name, gradient in gathered}  # clipping works in place
         self.steps.append({"stage": module.plan.name, "mode": module.plan.config.mode, "gradients": gradients})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:

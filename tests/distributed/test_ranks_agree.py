@@ -31,7 +31,9 @@ def run(world: Path, folder: Path, ranks: int) -> dict:
     python = [sys.executable, "-W", "ignore"]
     launch = python + (["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else [])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(WORKER), str(output), *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*launch, str(WORKER), str(output), *arguments], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(output)
 

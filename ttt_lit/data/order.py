@@ -15,16 +15,16 @@ SHARDS_PER_GROUP = 8
 GROUPS_IN_MEMORY = 4
 
 
-class PlainOrder:
-    """Blocks one after another, once: validation."""
+class SpreadOrder:
+    """``wanted`` of the blocks, evenly spread and in order: validation. A prefix would be a few long documents."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int, wanted: int) -> None:
+        self.num_blocks, self.wanted = num_blocks, wanted
 
     def __call__(self, position: int) -> int:
-        if not 0 <= position < self.num_blocks:
-            raise IndexError(f"block {position} of {self.num_blocks}")
-        return position
+        if not 0 <= position < self.wanted:
+            raise IndexError(f"block {position} of {self.wanted}")
+        return position * self.num_blocks // self.wanted
 
 
 class ShuffledOrder:

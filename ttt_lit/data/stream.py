@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ttt_lit.data.manifest import Manifest
-from ttt_lit.data.order import PlainOrder, ShuffledOrder, first_blocks
+from ttt_lit.data.order import ShuffledOrder, SpreadOrder, first_blocks
 from ttt_lit.data.shards import TokenReader, torchvision_problem
 
 Batch = dict[str, torch.Tensor]
@@ -225,14 +225,15 @@ class TokenDataModule(lightning.LightningDataModule):
                 f"{what}: holds no block of {request.block_tokens} tokens; give more text or a smaller context"
             )
         reader = TokenReader(folder, manifest.side(request.split), manifest.vocab_size)
-        order: PlainOrder | ShuffledOrder
+        order: SpreadOrder | ShuffledOrder
         if request.split == "train":
             order = ShuffledOrder(
                 first_blocks(reader.starts, request.block_tokens), seed=self.seed, stage=request.stage
             )
         else:
-            order = PlainOrder(num_blocks)
-            if request.num_batches is not None and request.num_batches * per_batch > num_blocks:
+            wanted = (request.num_batches or 0) * per_batch
+            order = SpreadOrder(num_blocks, wanted)
+            if wanted > num_blocks:
                 raise ValueError(
                     f"{what}: asked for {request.num_batches} batches of {per_batch} sequences, but there are"
                     f" {num_blocks} blocks of {request.block_tokens} tokens: at most {num_blocks // per_batch} batches"

@@ -177,9 +177,12 @@ class TTTModule(L.LightningModule):
         """Share of the current stage's budget that is spent, at most 1."""
         return min(1.0, self.ledger.spent_fraction(self.plan.name, self.plan.budget))
 
-    def stage_is_spent(self) -> bool:
-        """Whether the stage's time is over: rank 0's clock decides for all (a collective call)."""
-        return bool(self.trainer.strategy.broadcast(self.spent_fraction() >= 1.0))
+    def is_spent(self, plan: StagePlan) -> bool:
+        """Whether a stage's budget is spent: rank 0's clock decides for all (a collective call).
+
+        Asked by the stream, which is opened, and read one batch ahead, before its stage is entered.
+        """
+        return bool(self.trainer.strategy.broadcast(self.ledger.stage_spent(plan.name, plan.budget)))
 
     def flop_per_token(self) -> float:
         """Analytic training FLOPs per token of the current stage, recomputation included where it is on."""
@@ -204,7 +207,7 @@ class TTTModule(L.LightningModule):
             start_batch=self.ledger.spent(plan.name).micro_batches,
             accumulate=plan.accumulate,
             stage=index,
-            should_stop=self.stage_is_spent if plan.micro_batches is None else None,
+            should_stop=(lambda: self.is_spent(plan)) if plan.micro_batches is None else None,
         )
 
     def validation_request(self, blocks: int | None = None) -> StreamRequest:
@@ -242,7 +245,9 @@ class TTTModule(L.LightningModule):
         config, fraction = self.plan.config, self.spent_fraction()
         lr = config.schedule.lr(config.lr, fraction)
         self.rates = {"base": lr, "prime": lr * config.prime_lr_ratio}
-        self.inner_lr = config.inner_schedule.lr(self.inner.lr, fraction)
+        # As in the reference, the inner warm-up counts the step that is being taken.
+        step = 1 / self.plan.budget.steps if self.plan.budget.steps is not None else 0.0
+        self.inner_lr = config.inner_schedule.lr(self.inner.lr, min(1.0, fraction + step))
         set_lr(self.optimizers().optimizer, self.rates)  # type: ignore[union-attr]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

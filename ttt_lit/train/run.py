@@ -36,6 +36,13 @@ _FIXED: dict[str, Any] = {
 }
 
 
+# A run's length belongs to its budget, its files to run.*: these would be overridden, or break the count.
+_REFUSED = (
+    *("logger", "default_root_dir", "fast_dev_run", "overfit_batches", "limit_train_batches", "limit_val_batches"),
+    *("min_epochs", "min_steps", "max_steps", "max_time", "val_check_interval", "check_val_every_n_epoch"),
+    "gradient_clip_algorithm",
+)
+
 FSDP2 = "fsdp2"
 """Value of trainer.strategy for several devices."""
 
@@ -73,10 +80,11 @@ class _CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self.config.trainer
         default = self.parser.get_defaults().trainer
-        wrong = [key for key in _FIXED if key in given and given[key] not in (default.get(key), _FIXED[key])]
+        wrong = [key for key in _FIXED if given[key] not in (default[key], _FIXED[key])]
+        wrong += [key for key in _REFUSED if given[key] != default[key]]
         if wrong:
             raise ValueError(
-                f"trainer: {', '.join(wrong)} follow from the stages and cannot be set; remove them from the configuration"
+                f"trainer: {', '.join(wrong)} follow from the run's stages and budget; remove them from the configuration"
             )
         if given.strategy == FSDP2:
             kwargs["strategy"] = _fsdp2(given.devices, given.num_nodes)
@@ -117,6 +125,8 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # Noise of the framework about its own next versions.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
+    # Streams have no state to save: the ledger knows the position, and a test holds resume to the bit.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
         TTTModule,
@@ -139,14 +149,17 @@ def fit(arguments: list[str]) -> int:
     """Start a run or continue it. Returns the exit status."""
     parts = assemble(arguments, command="fit")
     folder = parts.run.folder
+    _claim(folder, parts.config)
     if _is_finished(folder):
         print(f"{folder}: this run is finished; give another --run.id to run it again")
         return 0
-    _claim(folder, parts.config)
     resume = resume_file(folder)
     if resume is not None:
         print(f"{folder}: continuing from {resume.name}")
-    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
+    try:
+        parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
     return 0
 
 

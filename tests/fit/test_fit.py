@@ -1,0 +1,277 @@
+"""The framework's real fit: budgets, stages, modes, transitions, records; asserted from ledger and record, not from mocks."""
+
+import json
+import signal
+
+import lightning as L
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from callbacks.stage_checkpoint import StageCheckpoint
+from ttt_lit import metrics
+from ttt_lit.experiment.record import RunRecord
+from ttt_lit.train.run import assemble, fit
+
+
+class Shapes(L.Callback):
+    """What every micro-batch and every stage start looked like."""
+
+    def __init__(self):
+        self.batches, self.primes, self.moments = [], {}, {}
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        plan = module.plan
+        self.batches.append((plan.name, plan.config.mode, tuple(batch["tokens"].shape)))
+        if plan.name not in self.primes:
+            named = dict(module.model.decoder.named_parameters())
+            state = module.optimizers().optimizer.state
+            self.primes[plan.name] = {n: p.detach().clone() for n, p in named.items() if "prime" in n}
+            self.moments[plan.name] = {
+                n: {part: value.clone() for part, value in state[p].items()} for n, p in named.items()
+            }
+
+
+def run(world, runs, *extra, steps=20, callbacks=()):
+    parts = assemble(tiny.arguments(world, runs, *extra, steps=steps), command="fit")
+    parts.trainer.callbacks.extend(callbacks)
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+    return parts
+
+
+@pytest.fixture(scope="module")
+def bridge(world, tmp_path_factory):
+    shapes = Shapes()
+    parts = run(world, tmp_path_factory.mktemp("bridge"), callbacks=[shapes])
+    return parts, shapes, RunRecord.read(parts.run.folder)
+
+
+def test_every_stage_spends_its_budget_to_the_token(bridge):
+    parts, _, record = bridge
+    planned = {"B1": 4, "B2": 6, "C": 10}
+    assert {stage.name: stage.spent.optimizer_steps for stage in record.stages} == planned
+    for stage in record.stages:
+        assert stage.spent.tokens == stage.planned.tokens == planned[stage.name] * 128
+        assert stage.spent.bytes > stage.spent.tokens  # a token of this text is more than a byte
+    assert record.totals.tokens == 20 * 128 == parts.module.ledger.total().tokens
+    assert record.status == "finished"
+
+
+def test_stages_have_the_modes_and_contexts_they_ask_for(bridge):
+    _, shapes, record = bridge
+    seen = set(shapes.batches)
+    # 64 tokens a micro-batch: four sequences of the short context, two of the long one, one token more for the targets.
+    assert seen == {("B1", "none", (4, 17)), ("B2", "meta", (4, 17)), ("C", "meta", (2, 33))}
+    order = [name for name, *_ in shapes.batches]
+    assert order == ["B1"] * 8 + ["B2"] * 12 + ["C"] * 20
+    assert [stage.windows for stage in record.stages] == [[16] * 4] * 3
+    assert record.model.ttt_layers == [3]
+
+
+def test_prime_mlps_and_their_optimiser_state_are_untouched_until_they_are_used(bridge):
+    parts, shapes, _ = bridge
+    start = parts.module.start.state
+    assert shapes.primes["B2"]
+    for name, value in shapes.primes["B2"].items():
+        assert torch.equal(value, start[name]), name
+        assert all(not state.any() for state in shapes.moments["B2"][name].values()), name
+    assert any(not torch.equal(shapes.primes["C"][name], start[name]) for name in shapes.primes["C"])
+
+
+def test_transitions_are_proved_and_recorded(bridge):
+    _, _, record = bridge
+    for stage in record.stages:
+        assert stage.transition.preserves
+        assert stage.transition.held
+        assert abs(stage.transition.difference) <= 1e-5
+        assert np.isfinite(stage.transition.before)
+
+
+def test_inner_updates_are_recorded_per_chunk(bridge):
+    _, _, record = bridge
+    b1, b2, c = record.stages
+    assert b1.inner_update_norms is None
+    # The last chunk's update is seen by nobody: 16 / 8 - 1 and 32 / 8 - 1 inner steps.
+    assert len(b2.inner_update_norms.by_chunk) == 1
+    assert len(c.inner_update_norms.by_chunk) == 3
+    assert min(c.inner_update_norms.by_chunk) > 0
+
+
+def test_validation_reports_both_settings_of_the_inner_loop(bridge):
+    parts, _, record = bridge
+    for stage in record.stages:
+        assert [v.inner for v in stage.validations] == ["off", "on"]
+        for validation in stage.validations:
+            curve = np.load(parts.run.folder / validation.curve)
+            assert curve.shape == (tiny.LONG,)
+            assert curve.mean() == pytest.approx(validation.nats_per_token, abs=1e-12)
+            assert validation.tokens == 4 * tiny.LONG
+            bits = validation.nats_per_token * validation.tokens / np.log(2) / validation.bytes
+            assert validation.bits_per_byte == pytest.approx(bits)
+    assert record.stages[-1].validations[0].nats_per_token != record.stages[-1].validations[1].nats_per_token
+    # Every quarter of stage C but its end, on the subset.
+    assert [point.stage for point in record.evaluations] == ["C"] * 3
+    assert [point.tokens for point in record.evaluations] == sorted(point.tokens for point in record.evaluations)
+
+
+def test_time_is_booked_once(bridge):
+    _, _, record = bridge
+    for stage in record.stages:
+        assert stage.spent.gpu_seconds["compute"] > 0
+        assert stage.spent.gpu_seconds["validation"] > 0
+        assert stage.spent.gpu_seconds["checkpoint"] > 0
+    totals = {name: sum(s.spent.gpu_seconds[name] for s in record.stages) for name in record.totals.gpu_seconds}
+    assert record.totals.gpu_seconds == pytest.approx(totals)
+
+
+def test_the_folder_holds_what_the_readme_promises(bridge):
+    parts, _, _ = bridge
+    folder = parts.run.folder
+    for name in ("record.json", "position_loss.png", "curves/C_on.npy", "checkpoints/last.json"):
+        assert (folder / name).is_file(), name
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert [path.name for path in (folder / "checkpoints").glob("resume-*")] == ["resume-20.ckpt"]
+
+
+def test_tensorboard_has_the_tags_the_metric_names_promise(bridge):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    parts, _, record = bridge
+    events = EventAccumulator(str(parts.run.folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {metrics.TRAIN_LOSS, metrics.GRAD_NORM, metrics.INNER_UPDATE_NORM, metrics.val_loss("on")}
+    wanted |= {metrics.on_tokens_axis(metrics.TRAIN_LOSS), metrics.gpu_seconds("compute"), metrics.PEAK_MEMORY}
+    assert wanted <= tags
+    losses = [event.value for event in events.Scalars(metrics.TRAIN_LOSS)]
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(record.stages[0].train_loss_first)
+    assert [event.step for event in events.Scalars(metrics.on_tokens_axis(metrics.TRAIN_LOSS))][-1] == 20 * 128
+
+
+def test_a_stage_checkpoint_is_the_model_and_its_history(bridge, world):
+    from ttt_lit.checkpoint.store import load_checkpoint
+
+    parts, _, _ = bridge
+    checkpoint = load_checkpoint(parts.run.folder / "checkpoints" / "C")
+    checkpoint.verify()
+    assert checkpoint.spec == parts.module.stage_spec(parts.module.plans[-1])
+    for name, parameter in parts.module.model.decoder.named_parameters():
+        assert torch.equal(checkpoint.state()[name], parameter)
+    assert checkpoint.lineage[-1].parameters == {"experiment": "tiny", "run": "default", "stage": "C"}
+    assert {r.name for r in checkpoint.receipt.records if "prime_init" in r.note} == set(parts.module.start.added)
+
+
+class Stop(L.Callback):
+    """Presses Ctrl-C after a number of optimiser steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.steps and module.at_boundary:
+            raise KeyboardInterrupt
+
+
+def run_until(world, runs, steps):
+    """A run that saves at every optimiser step and is stopped before the save of step ``steps``: that one is repeated."""
+    parts = assemble(tiny.arguments(world, runs), command="fit")
+    for number, callback in enumerate(parts.trainer.callbacks):
+        if isinstance(callback, StageCheckpoint):
+            callback.every_seconds = 0
+            parts.trainer.callbacks.insert(number, Stop(steps))
+            break
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            parts.trainer.fit(parts.module, datamodule=parts.data)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from there on
+
+
+# 3 and 7: inside B1 and B2. 5: the first step of B2, resumed from the end of B1. 14: inside C, after a measurement of the subset.
+@pytest.mark.parametrize("steps", [3, 5, 7, 14])
+def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(bridge, world, tmp_path, steps):
+    whole, _, expected = bridge
+    run_until(world, tmp_path, steps)
+    folder = tmp_path / "tiny" / "default"
+    assert RunRecord.read(folder).status == "interrupted"
+    assert json.loads((folder / "checkpoints" / "last.json").read_text())["path"] == f"resume-{steps - 1}.ckpt"
+    assert fit(tiny.arguments(world, tmp_path)) == 0
+    final = load_file(folder / "checkpoints" / "C" / "model.safetensors")
+    for name, parameter in whole.module.model.decoder.named_parameters():
+        assert torch.equal(final[name], parameter.detach()), name
+    record = RunRecord.read(folder)
+    for ours, theirs in zip(record.stages, expected.stages, strict=True):
+        assert ours.spent.tokens == theirs.spent.tokens
+        assert ours.spent.bytes == theirs.spent.bytes
+        assert ours.train_loss_mean == theirs.train_loss_mean
+        assert [v.nats_per_token for v in ours.validations] == [v.nats_per_token for v in theirs.validations]
+    assert [p.inner_on for p in record.evaluations] == [p.inner_on for p in expected.evaluations]
+
+
+def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(world, tmp_path, capsys):
+    assert fit(tiny.arguments(world, tmp_path, "--model.validation.every_share=0", steps=10)) == 0
+    before = (tmp_path / "tiny" / "default" / "record.json").read_text()
+    assert fit(tiny.arguments(world, tmp_path, "--model.validation.every_share=0", steps=10)) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / "default" / "record.json").read_text() == before
+    unfinished = json.loads(before) | {"status": "interrupted", "reason": "a test"}
+    (tmp_path / "tiny" / "default" / "record.json").write_text(json.dumps(unfinished))
+    with pytest.raises(ValueError, match=r"another configuration \(model\.inner\.lr differ\)"):
+        fit(tiny.arguments(world, tmp_path, "--model.validation.every_share=0", "--model.inner.lr=0.5", steps=10))
+
+
+def test_a_narrower_window_is_a_reported_jump_and_carry_all_keeps_the_optimiser(world, tmp_path):
+    stages = ['--model.stages.B1={"enabled": true, "share": 0.2, "window_share": 0.25}']
+    stages += ['--model.stages.B2={"enabled": true, "share": 0.3, "carry": "all"}']
+    parts = run(world, tmp_path, *stages, steps=10)
+    b1, b2, c = RunRecord.read(parts.run.folder).stages
+    assert b1.windows == [4] * 4
+    assert not b1.transition.preserves
+    assert b1.transition.before != b1.transition.after
+    assert not b2.transition.preserves  # and wider again
+    steps = {
+        name: load_file(parts.run.folder / "checkpoints" / f"{name}.optimizer.safetensors")["embed_tokens.weight.step"]
+        for name in ("B1", "B2", "C")
+    }
+    assert {name: int(step) for name, step in steps.items()} == {"B1": 2, "B2": 5, "C": 5}
+
+
+def test_gpu_hours_end_each_stage_at_an_optimiser_step(world, tmp_path):
+    parts = run(world, tmp_path, "--model.budget.tokens=null", "--model.budget.gpu_hours=0.0012")
+    record = RunRecord.read(parts.run.folder)
+    for stage in record.stages:
+        assert stage.spent.gpu_seconds["compute"] >= stage.planned.gpu_seconds
+        assert stage.spent.tokens == stage.spent.optimizer_steps * 128
+        assert stage.spent.micro_batches == stage.spent.optimizer_steps * 2
+        assert len(stage.validations) == 2
+    assert sum(stage.planned.gpu_seconds for stage in record.stages) == pytest.approx(0.0012 * 3600)
+
+
+def test_divergence_stops_the_run_and_says_where(world, tmp_path):
+    arguments = tiny.arguments(world, tmp_path, "--model.inner.lr=1e30", "--model.inner.clip=0", steps=20)
+    with pytest.raises(RuntimeError, match=r"stage B2, step \d+: .*last good checkpoint is .*checkpoints/B1\."):
+        fit(arguments)
+    record = RunRecord.read(tmp_path / "tiny" / "default")
+    assert record.status == "diverged"
+    assert "stage B2" in record.reason
+    with pytest.raises(ValueError, match="this run diverged"):
+        fit(arguments)
+
+
+def test_load_all_continues_with_the_optimiser_of_a_finished_stage(bridge, world, tmp_path):
+    parts, _, _ = bridge
+    start = parts.run.folder / "checkpoints" / "B2"
+    only_c = ['--model.stages.B1={"enabled": false}', '--model.stages.B2={"enabled": false}']
+    carry = ['--model.stages.C={"enabled": true, "carry": "all"}', "--model.start.load=all"]
+    source = [f"--model.start.init_from={start}"]
+    shapes = Shapes()
+    again = run(world, tmp_path, *only_c, *carry, *source, steps=2, callbacks=[shapes])
+    saved = load_file(str(start) + ".optimizer.safetensors")
+    for name, state in shapes.moments["C"].items():
+        for part, value in state.items():
+            assert torch.equal(value, saved[f"{name}.{part}"]), (name, part)
+    assert RunRecord.read(again.run.folder).parents == ["tiny/default"]
