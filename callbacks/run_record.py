@@ -28,10 +28,13 @@ class RunRecorder(L.Callback):
 
     def __init__(self) -> None:
         self.started = _now()
+        self.unigram_entropy: float | None = None
         self.flops: dict[str, float] = {}
         """Stage name → analytic training FLOPs per token."""
 
     def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero:
+            self.unigram_entropy = module.datamodule.unigram_entropy("long")
         self._write(trainer, module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
@@ -93,6 +96,7 @@ class RunRecorder(L.Callback):
             stages=[self._stage(module, plan) for plan in module.plans],
             evaluations=[schema.EvaluationPoint(**point) for point in module.history.evaluations],
             totals=_spent(module.ledger.total()),
+            unigram_entropy=self.unigram_entropy,
             parents=[
                 f"{step.parameters['experiment']}/{step.parameters['run']}"
                 for step in start.origin.lineage

@@ -158,3 +158,12 @@ def test_a_report_needs_neither_torch_nor_numpy(tmp_path, make_record):
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "What demo-1 shows" in result.stdout
+
+
+@pytest.mark.parametrize("entropy, words", [(6.3, "nats below the unigram entropy"), (4.0, "LEARNT TOO LITTLE")])
+def test_whether_the_model_has_learnt_more_than_frequencies_is_said(make_record, entropy, words):
+    record = make_record()
+    record.unigram_entropy = entropy
+    says(record, words)
+    record.unigram_entropy = None
+    assert "unigram" not in console([record])

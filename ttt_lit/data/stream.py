@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ttt_lit.data.entropy import unigram_entropy
 from ttt_lit.data.manifest import Manifest
 from ttt_lit.data.order import ShuffledOrder, SpreadOrder, first_blocks
 from ttt_lit.data.shards import TokenReader, torchvision_problem
@@ -209,6 +210,11 @@ class TokenDataModule(lightning.LightningDataModule):
         """(vocab_size,) int64: bytes of normalised text that each token id stands for."""
         entry = self.manifest(dataset).token_bytes
         return torch.from_numpy(np.load(self._folder(dataset) / entry.file).astype(np.int64))
+
+    def unigram_entropy(self, dataset: str) -> float:
+        """Nats per token: entropy of the token frequencies of a data set's validation split."""
+        manifest = self.manifest(dataset)
+        return unigram_entropy(TokenReader(self._folder(dataset), manifest.side("validation"), manifest.vocab_size))
 
     def open(self, request: StreamRequest, rank: int = 0, world_size: int = 1) -> UnsizedStream:
         """The stream of one rank. Has a length exactly if the request has. Raises ValueError for what the folder

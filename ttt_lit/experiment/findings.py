@@ -16,13 +16,15 @@ MIN_EFFECT = 0.01
 FLAT = 0.05
 """Nats per token by which the loss beyond the window may differ and still be called flat: documents differ by about
 this much from position to position."""
+MIN_LEARNT = 1.0
+"""Nats per token below the unigram entropy from which a model counts as trained."""
 MAX_VALIDATION_SHARE = 0.10
 """Share of a run's device time."""
 
 
 def findings(record: RunRecord) -> list[str]:
     """Sentences for one run, most important first."""
-    sentences = [_status(record)]
+    sentences = [_status(record), *_learnt(record)]
     for stage in record.stages:
         sentences += _transition(stage)
     for stage, off, on in inner_pairs(record):
@@ -66,6 +68,25 @@ def _status(record: RunRecord) -> str:
     return (
         f"The run did not finish, its status is {record.status}{reason}: what follows is what it had recorded by then."
     )
+
+
+def _learnt(record: RunRecord) -> Iterator[str]:
+    """How far the last measured loss lies below what token frequencies alone explain."""
+    measured = [(s, v) for s in record.stages for v in s.validations if v.inner == "off"]
+    if record.unigram_entropy is None or not measured:
+        return
+    stage, validation = measured[-1]
+    below = record.unigram_entropy - validation.nats_per_token
+    losses = f"{validation.nats_per_token:.3f} nats per token, unigram entropy {record.unigram_entropy:.3f}"
+    if not math.isfinite(below):
+        yield f"How much the model of {stage.name} has learnt is UNKNOWN: a loss is not a number."
+    elif below >= MIN_LEARNT:
+        yield f"At the end of {stage.name} the loss without the inner loop is {below:.2f} nats below the unigram entropy ({losses})."
+    else:
+        yield (
+            f"THE MODEL HAS LEARNT TOO LITTLE at the end of {stage.name} to judge a method by: {losses}, "
+            f"expected at least {MIN_LEARNT:g} nat below."
+        )
 
 
 def _transition(stage: Stage) -> Iterator[str]:

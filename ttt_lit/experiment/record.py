@@ -228,6 +228,8 @@ class RunRecord:
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
     totals: Spent = field(default_factory=Spent)
+    unigram_entropy: float | None = None
+    """Nats per token: entropy of the validation tokens' own frequencies. A model that is not well below it has learnt little else."""
     parents: list[str] = field(default_factory=list)
     """Run ids of every run that made the start checkpoint, oldest first."""
     schema_version: int = SCHEMA_VERSION

@@ -1,0 +1,100 @@
+"""What a user sees: help at once, one line for every mistake, and the names of what is missing and the command that makes it."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+import cli
+
+
+@pytest.fixture
+def one_line(capsys):
+    """Run a command that must fail; return its single line of explanation."""
+
+    def run(*arguments, status=1):
+        assert cli.main([str(argument) for argument in arguments]) == status
+        lines = capsys.readouterr().err.strip().splitlines()
+        explained = [line for line in lines if line.startswith("error: ")]
+        assert len(explained) == 1, lines
+        return explained[0]
+
+    return run
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+
+
+def test_help_of_report_loads_neither_torch_nor_lightning():
+    code = "import sys, cli\ntry: cli.main(['report', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_unknown_command_names_the_known_ones(one_line):
+    assert "known are import, prepare, fit" in one_line("fut", status=2)
+
+
+@pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
+def test_malicious_lightning_is_refused_before_it_is_imported(monkeypatch, one_line, package):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.6.3" if name == package else real(name))
+    assert "malicious release (GHSA-w37p-236h-pfx3)" in one_line("fit", "--config", "configs/q_p1_bridge.yaml")
+
+
+def test_a_missing_checkpoint_names_the_import_command(world, tmp_path, one_line):
+    arguments = tiny.arguments(world, tmp_path, f"--model.start.init_from={tmp_path}/none")
+    assert f"{tmp_path}/none does not exist; make it with: python cli.py import" in one_line("fit", *arguments)
+
+
+def test_missing_data_names_the_prepare_command(world, tmp_path, one_line):
+    message = one_line("fit", *tiny.arguments(world, tmp_path, f"--data.long={tmp_path}/none"))
+    assert f"{tmp_path}/none" in message
+    assert "python cli.py prepare" in message
+
+
+@pytest.mark.parametrize("key", ["model.size.chnk", "model.stages.B1.widow_share", "model.stages.B9", "model.innr.lr"])
+def test_a_misspelt_key_is_named(world, tmp_path, capsys, key):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", *tiny.arguments(world, tmp_path, f"--{key}=1")])
+    assert stop.value.code == 2
+    assert key.rsplit(".", 1)[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("--trainer.max_epochs=3", "trainer: max_epochs follow from the run's stages"),
+        ("--trainer.max_steps=3", "trainer: max_steps follow from the run's stages"),
+        ("--trainer.gradient_clip_val=1", "trainer: gradient_clip_val follow"),
+        ("--model.size.chunk=5", "stage B2: context 16 is not a multiple of size.chunk 5"),
+        ("--model.budget.tokens=1000", "1000 tokens are not whole optimiser steps of 128 tokens; use 896 or 1024"),
+        ("--model.ttt=null", "stage B2: mode meta needs TTT layers; set model.ttt"),
+        ("--model.start.load=all", "load all needs a checkpoint with every tensor of this run"),
+        ("--model.size.tokens_per_step=80", "stage C: size.tokens_per_step 80 is not whole sequences of 32 tokens"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(world, tmp_path, one_line, setting, message):
+    assert message in one_line("fit", *tiny.arguments(world, tmp_path, setting))
+
+
+def test_validate_measures_a_checkpoint_and_writes_nothing(world, tmp_path, capsys):
+    assert cli.main(["validate", *tiny.arguments(world, tmp_path, "--run.stage=C")]) == 0
+    out = capsys.readouterr().out
+    assert "stage C, inner loop off: " in out
+    assert "stage C, inner loop on: " in out
+    assert "bits per byte (128 tokens in 4 blocks)" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare_refuses_a_misspelt_key(tmp_path, capsys):
+    (tmp_path / "data.yaml").write_text("source: stdlib\ntokenzer: x\n")
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--config", str(tmp_path / "data.yaml")])
+    assert "tokenzer" in capsys.readouterr().err
