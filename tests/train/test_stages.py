@@ -1,0 +1,184 @@
+"""From which, how much and how big to plain numbers; whatever does not fit is an error that names the stage."""
+
+import dataclasses
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ttt_lit.train.budget import Budget
+from ttt_lit.train.stages import SizeConfig, StageConfig, Stages, plan_stages
+
+DEMO = SizeConfig(short=256, long=1024, chunk=32, window=256, tokens_per_step=4096, micro_batch_tokens=4096)
+FULL = SizeConfig()
+B1 = StageConfig(share=0.05)
+B2 = StageConfig(mode="meta", share=0.1)
+C = StageConfig(mode="meta", context="long")
+BRIDGE = Stages(B1=B1, B2=B2, C=C)
+
+
+def numbers(stages, size, tokens, devices=1):
+    plans = plan_stages(stages, size, Budget(tokens=tokens), devices=devices)
+    return {p.name: (p.context, p.window, p.chunk, p.budget.steps, p.sequences, p.accumulate) for p in plans}
+
+
+def test_the_demo():
+    assert numbers(BRIDGE, DEMO, 491_520) == {
+        "B1": (256, 256, 32, 6, 16, 1),
+        "B2": (256, 256, 32, 12, 16, 1),
+        "C": (1024, 256, 32, 102, 4, 1),
+    }
+
+
+@pytest.mark.parametrize("devices, short, long", [(1, (4, 16), (1, 16)), (8, (4, 2), (1, 2)), (16, (4, 1), (1, 1))])
+def test_the_full_schedule_on_any_number_of_devices(devices, short, long):
+    assert numbers(BRIDGE, FULL, 27_525_120_000, devices) == {
+        "B1": (8192, 8192, 1024, 2625, *short),
+        "B2": (8192, 8192, 1024, 5250, *short),
+        "C": (32768, 8192, 1024, 44625, *long),
+    }
+
+
+def test_a_plan_knows_its_micro_batches_and_tokens():
+    plans = plan_stages(BRIDGE, FULL, Budget(tokens=27_525_120_000), devices=8)
+    assert [p.index for p in plans] == [0, 1, 2]
+    assert [p.micro_batches for p in plans] == [2625 * 2, 5250 * 2, 44625 * 2]
+    assert sum(p.tokens for p in plans) == 27_525_120_000
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    st.integers(10, 400),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 3, 8, 16]),
+)
+def test_shares_become_whole_steps_that_spend_the_budget_exactly(weights, steps, devices, micro):
+    names = ["A", "B0", "B1", "B2", "C"][: len(weights)]
+    shares = [w / sum(weights) for w in weights[:-1]] + [None]
+    stages = Stages(**{n: StageConfig(share=s) for n, s in zip(names, shares, strict=True)})
+    size = dataclasses.replace(DEMO, micro_batch_tokens=256 * micro)
+    assume(min(weights) / sum(weights) * steps >= 1)
+    plans = plan_stages(stages, size, Budget(tokens=4096 * steps), devices=devices)
+    assert sum(p.budget.steps for p in plans) == steps
+    for plan, weight in zip(plans, weights, strict=True):
+        assert abs(plan.budget.steps - weight / sum(weights) * steps) < 1
+        # One optimiser step is the same number of tokens for every plan: no partial accumulation.
+        assert plan.sequences * plan.accumulate * devices * plan.context == plan.tokens_per_step == 4096
+        assert plan.sequences <= max(1, micro)
+
+
+def test_gpu_hours_are_split_into_device_seconds():
+    plans = plan_stages(BRIDGE, FULL, Budget(gpu_hours=100), devices=8)
+    assert [p.budget.seconds for p in plans] == [18_000, 36_000, 306_000]
+    assert all(p.budget.steps is p.micro_batches is p.tokens is None for p in plans)
+
+
+def test_stages_come_in_their_order_and_only_where_enabled():
+    off = dataclasses.replace(B1, enabled=False)
+    stages = Stages(C=C, A=StageConfig(share=0.5), B1=off, B2=None)
+    assert list(stages.enabled()) == ["A", "C"]
+    assert [(p.index, p.name) for p in plan_stages(stages, DEMO, Budget(tokens=40_960), devices=1)] == [
+        (0, "A"),
+        (1, "C"),
+    ]
+
+
+@pytest.mark.parametrize("stages", [Stages(), Stages(B1=dataclasses.replace(B1, enabled=False))])
+def test_a_run_without_stages_is_refused(stages):
+    with pytest.raises(ValueError, match="no stage is enabled; set enabled: true"):
+        plan_stages(stages, DEMO, Budget(tokens=4096), devices=1)
+
+
+@pytest.mark.parametrize("share, window", [(1.0, 256), (0.5, 128), (0.25, 64), (0.001, 1)])
+def test_the_window_is_a_share_of_the_sizes(share, window):
+    plan = plan_stages(Stages(B1=StageConfig(window_share=share)), DEMO, Budget(tokens=4096), devices=1)[0]
+    assert plan.window == window
+
+
+def test_dense_attention_has_no_limit():
+    plan = plan_stages(Stages(B0=StageConfig(attention="dense")), DEMO, Budget(tokens=4096), devices=1)[0]
+    assert plan.window is None
+
+
+LONG_META = StageConfig(mode="meta", context="long")
+WRONG = {
+    "a chunk that does not divide": (
+        Stages(B2=B2, C=C), {"chunk": 48}, {}, r"stage B2: context 256 is not a multiple of size\.chunk 48",
+    ),
+    "a chunk that divides the short context only": (
+        Stages(C=LONG_META), {"long": 1000, "tokens_per_step": 4000, "chunk": 64}, {"tokens": 4000},
+        "stage C: context 1000 is not a multiple",
+    ),
+    "a single chunk": (Stages(B2=B2, C=C), {"chunk": 256}, {}, r"stage B2: context 256 is a single chunk.*lower size\.chunk"),
+    "a chunk above the context": (Stages(B2=B2, C=C), {"chunk": 512}, {}, "stage B2: context 256 is not a multiple"),
+    "first order is TTT too": (
+        Stages(C=StageConfig(mode="first_order")), {"chunk": 256}, {}, "stage C: context 256 is a single chunk",
+    ),
+    "a step that is no whole sequences": (
+        Stages(B1=B1, C=C), {"tokens_per_step": 4096 + 256}, {"tokens": 100 * 4352},
+        "stage C: .*4352 is not whole sequences of 1024 tokens on 1 devices; use a multiple of 1024",
+    ),
+    "a step below one sequence": (
+        Stages(C=LONG_META), {"tokens_per_step": 512}, {"tokens": 512}, "stage C: .* use a multiple of 1024",
+    ),
+    "more devices than sequences": (
+        Stages(C=LONG_META), {}, {"devices": 8}, "stage C: .* on 8 devices; use a multiple of 8192",
+    ),
+    "devices that do not divide": (Stages(B1=StageConfig()), {}, {"devices": 3}, "stage B1: .*use a multiple of 768"),
+    "a window share without a window": (
+        Stages(B0=StageConfig(attention="dense", window_share=0.5)), {}, {}, "stage B0: window_share 0.5 has no effect",
+    ),
+    "a stage that gets no step": (BRIDGE, {}, {"tokens": 2 * 4096}, "stage B1.* gets no optimiser step out of 2"),
+    "two stages that take the rest": (
+        Stages(B2=StageConfig(), C=C), {}, {}, "stages B2, C have no share, expected at most one",
+    ),
+    "shares above one": (
+        Stages(B1=StageConfig(share=0.7), B2=StageConfig(share=0.7)), {}, {}, "shares of B1, B2 sum to 1.4",
+    ),
+    "shares below one": (
+        Stages(B1=StageConfig(share=0.3), B2=StageConfig(share=0.3)), {}, {}, "shares of B1, B2 sum to 0.6, expected 1",
+    ),
+    "tokens that are no whole steps": (Stages(C=C), {}, {"tokens": 5000}, "5000 tokens are not whole .*use 4096 or 8192"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stages, size, given, message", WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_an_error_that_says_where_and_what_to_do(stages, size, given, message):
+    size = dataclasses.replace(DEMO, **size)
+    with pytest.raises(ValueError, match=message) as excinfo:
+        plan_stages(stages, size, Budget(tokens=given.get("tokens", 409_600)), devices=given.get("devices", 1))
+    assert "\n" not in str(excinfo.value)
+
+
+@pytest.mark.parametrize("mode", ["none", "static"])
+def test_stages_without_updates_do_not_care_for_the_chunk(mode):
+    plan = plan_stages(
+        Stages(B1=StageConfig(mode=mode)), dataclasses.replace(DEMO, chunk=100), Budget(tokens=4096), devices=1
+    )[0]
+    assert plan.context == 256
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"window_share": 0.0}, "window_share: got 0"),
+        ({"window_share": 1.5}, "window_share: got 1.5"),
+        ({"lr": 0.0}, "got lr 0"),
+        ({"prime_lr_ratio": -1.0}, "prime_lr_ratio -1"),
+        ({"lr": float("nan")}, "got lr nan"),
+    ],
+)
+def test_impossible_stages_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        StageConfig(**wrong)
+
+
+@pytest.mark.parametrize("field", ["short", "long", "chunk", "window", "tokens_per_step", "micro_batch_tokens"])
+def test_a_size_of_nothing_is_refused(field):
+    with pytest.raises(ValueError, match=f"size: {field} is 0"):
+        SizeConfig(**{field: 0})
+
+
+def test_long_is_not_shorter_than_short():
+    with pytest.raises(ValueError, match="long 128 is shorter than short 256"):
+        dataclasses.replace(DEMO, long=128)
