@@ -10,8 +10,9 @@ from hypothesis import settings
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-# Set by the test runner, by torch at first use and by Lightning for its workers (the seed).
-OWNED_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+# Set by the test runner, by torch at first use, and by Lightning when it is imported and when it seeds.
+OWNED_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+OWNED_BY_LIBRARIES |= {"PYTORCH_NVML_BASED_CUDA_CHECK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,11 +48,6 @@ def test_counting_is_repeatable(decoder):
     assert first == second
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the inner gradient inside torch's checkpoint rebuilds the chunk during the forward, and what it does not use (the lowest TTT "
-    "layer's attention, inputs of linear maps) stays alive with the outer graph",
-)
 def test_recomputing_keeps_per_chunk_the_fast_weights_and_the_carried_keys(decoder):
     spec = decoder.spec
     fast = len(spec.ttt_layers) * 3 * WIDTH * spec.hidden_size

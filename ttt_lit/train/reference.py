@@ -159,7 +159,7 @@ def check_reference(files: list[str]) -> int:
 def _load(case: Case, dtype: torch.dtype) -> TTTModel:
     with torch.device("meta"):
         decoder = Decoder(case.spec)
-    weights = {name: tensor.to(dtype) for name, tensor in case.group("weight.").items()}
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in case.group("weight.").items()}
     decoder.load_state_dict(state_from_reference(case.spec, weights), assign=True)
     return TTTModel(decoder)
 
@@ -195,9 +195,9 @@ def outer_lr(step: int) -> float:
 
 def _train(case: Case, dtype: torch.dtype, *, recompute: bool) -> tuple[float, float]:
     model = _load(case, dtype)
-    initial = {name: tensor.to(torch.float64) for name, tensor in case.group("weight.").items()}
+    initial = {name: tensor.to(torch.float64, copy=True) for name, tensor in case.group("weight.").items()}
     # A norm that the case switches off has no parameter here; the reference stores it, gives it no gradient, and decays it.
-    idle = {name: nn.Parameter(initial[name].to(dtype)) for name in switched_off(case.spec, initial)}
+    idle = {name: nn.Parameter(initial[name].to(dtype, copy=True)) for name in switched_off(case.spec, initial)}
     config = OptimConfig(clip_norm=1.0)
     optimizer = build_optimizer([*model.named_parameters(), *idle.items()], config)
     losses = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.train.module import TTTModule
@@ -145,17 +147,22 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     return Assembled(run, cli.trainer, cli.model, cli.datamodule, config)
 
 
+@rank_zero_only
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 def fit(arguments: list[str]) -> int:
     """Start a run or continue it. Returns the exit status."""
     parts = assemble(arguments, command="fit")
     folder = parts.run.folder
     _claim(folder, parts.config)
     if _is_finished(folder):
-        print(f"{folder}: this run is finished; give another --run.id to run it again")
+        _print(f"{folder}: this run is finished; give another --run.id to run it again")
         return 0
     resume = resume_file(folder)
     if resume is not None:
-        print(f"{folder}: continuing from {resume.name}")
+        _print(f"{folder}: continuing from {resume.name}")
     try:
         parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -193,6 +200,7 @@ def _is_finished(folder: Path) -> bool:
     return bool(record["status"] == "finished")
 
 
+@rank_zero_only
 def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Write the resolved configuration into a new run's folder; a known run must have the same one."""
     path = folder / "config.yaml"
@@ -204,7 +212,9 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

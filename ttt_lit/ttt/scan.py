@@ -6,6 +6,7 @@ holds the same computation in its most obvious form.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.ops.cross_entropy import token_nll, token_nll_in_pieces
 from ttt_lit.ttt.inner import FastWeights, Mode, check_mode, sgd_step
+from ttt_lit.ttt.rerun import rerun
 
 Past = dict[int, KeyValues]
 """Layer index → carried keys and values of the suffix."""
@@ -56,8 +58,9 @@ def sequence_loss(
     if updates:
         check_chunks(inputs.shape[1], chunk, decoder)
     start = decoder.spec.suffix_start if updates else decoder.spec.num_layers
+    run_block = _checkpointed if recompute and torch.is_grad_enabled() else _direct
     for index in range(start):
-        x = _run(_block, recompute, decoder, index, x, tables[index], mode != "none")
+        x = run_block(_block, decoder, index, x, tables[index], mode != "none")
     if not updates:
         nll = token_nll_in_pieces(decoder.norm(x), decoder.head_weight, targets, piece=chunk)
         return SequenceLoss(nll, nll.new_zeros(0, nll.shape[0]))
@@ -93,6 +96,7 @@ def _scan_chunks(
     fast = initial_fast_weights(decoder, x.shape[0])
     past: Past = {}
     losses, norms = [], []
+    run = functools.partial(rerun, parameters=_suffix_parameters(decoder)) if recompute and x.requires_grad else _direct
     bounds = range(0, x.shape[1], chunk)
     for low in bounds:
         span = slice(low, low + chunk)
@@ -102,10 +106,10 @@ def _scan_chunks(
         }
         args = (decoder, x[:, span], targets[:, span], rope, past, fast)
         if low == bounds[-1]:  # the last update would be seen by nobody
-            nll, _ = _run(chunk_loss, recompute, *args, False)
+            nll, _ = run(chunk_loss, *args, False)
         else:
-            nll, past, fast, norm = _run(inner_step, recompute, *args, mode, inner_lr, clip)
-            norms.append(norm)
+            nll, past, fast, norm = run(inner_step, *args, mode, inner_lr, clip)
+            norms.append(norm.detach())
         losses.append(nll)
     nll = torch.cat(losses, dim=1)
     return SequenceLoss(nll, torch.stack(norms) if norms else nll.new_zeros(0, nll.shape[0]))
@@ -174,8 +178,15 @@ def _block(decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor],
     return decoder.block(index)(x, *rope, layer=decoder.spec.layers[index], use_prime=use_prime)
 
 
-def _run(function: Callable[..., Any], recompute: bool, *args: Any) -> Any:
-    # Non-reentrant: the reentrant form runs its forward without grad mode, where there is no inner gradient.
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _direct(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+def _suffix_parameters(decoder: Decoder) -> list[Tensor]:
+    """What a chunk reads by itself: the suffix, the final norm and the head."""
+    suffix = decoder.layers[decoder.spec.suffix_start :]
+    return [*suffix.parameters(), *decoder.norm.parameters(), decoder.head_weight]
