@@ -36,7 +36,7 @@ class DivergenceGuard(L.Callback):
         report = module.report
         assert report is not None
         reason = self.detector.update(report.loss, report.grad_norm)
-        updates = module.plan.config.mode in ("meta", "first_order") and report.inner_lr > 0
+        updates = module.plan.config.mode in ("meta", "first_order")
         if reason is None and updates and not any(report.update_norms):
             reason = "the inner loop changed no fast weight in any chunk"
         if reason is None and any(not math.isfinite(norm) for norm in report.update_norms):

@@ -13,8 +13,9 @@ from ttt_lit.train.module import TTTModule
 class FairnessBudget(L.Callback):
     """Counts tokens, bytes, steps and device-seconds, and refuses a stage that ends anywhere but on its budget.
 
-    The data stream ends a stage: after exactly its micro-batches for a token budget, at the first optimiser step past its time for a
-    GPU-hour budget. Compute includes waiting for data; validation and checkpoints have accounts of their own.
+    The data stream ends a stage: after exactly its micro-batches for a token budget; for a GPU-hour budget at an optimiser step, the
+    one during which its time ran out or the next, because the stream is read one micro-batch ahead. Compute includes waiting for
+    data; validation and checkpoints have accounts of their own.
     """
 
     def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
@@ -52,6 +53,10 @@ class FairnessBudget(L.Callback):
         plan, spent = module.plan, module.ledger.spent(module.plan.name)
         if plan.tokens is not None and spent.tokens != plan.tokens:
             raise RuntimeError(f"stage {plan.name} ended after {spent.tokens} tokens, expected exactly {plan.tokens}")
+        if not module.history.stage(plan.name).validations:
+            raise RuntimeError(
+                f"stage {plan.name} ended without its validation; remove the run's folder and run it again"
+            )
 
     def on_train_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         module.ledger.stop()

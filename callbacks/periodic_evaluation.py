@@ -26,8 +26,7 @@ class PeriodicEvaluation(L.Callback):
         config, name = module.validation, module.plan.name
         if name not in config.during or not config.every_share or not module.at_boundary:
             return
-        # In a run by time, ranks' clocks differ: rank 0's share decides for all.
-        share = trainer.strategy.broadcast(module.spent_fraction())
+        share = module.spent_fraction()
         due = int(share / config.every_share + 1e-9)
         if share >= 1 or due <= self.done.get(name, 0):  # the end of a stage is measured in full
             return

@@ -44,8 +44,15 @@ class RunRecorder(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         self._write(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
-        self._write(trainer, module, status="finished")
+    def on_fit_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        """Also reached by a resume that finds every stage done: a run that was lost between its last save and here."""
+        incomplete = [plan.name for plan in module.plans if not module.history.stage(plan.name).validations]
+        if incomplete:
+            self._write(
+                trainer, module, status="failed", reason=f"ended before stage {', '.join(incomplete)} was complete"
+            )
+        else:
+            self._write(trainer, module, status="finished")
 
     def on_exception(self, trainer: L.Trainer, module: TTTModule, exception: BaseException) -> None:  # type: ignore[override]
         if not hasattr(module, "ledger") or module._model is None:

@@ -43,7 +43,8 @@ class StageCheckpoint(L.Callback):
         self._last = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
-        if trainer.is_last_batch or not module.at_boundary:
+        # A stage whose time is over is saved at its end, with its validation; resumed here it would have nothing left to train.
+        if trainer.is_last_batch or not module.at_boundary or module.is_spent(module.plan):
             return
         if trainer.strategy.broadcast(time.monotonic() - self._last >= self.every_seconds):
             self._save(trainer, module)
@@ -76,7 +77,13 @@ class StageCheckpoint(L.Callback):
                 operation="fit",
                 source=Path(module.start_config.init_from).name,
                 source_hash=origin.weights_hash,
-                parameters={"experiment": module.run_name[0], "run": module.run_name[1], "stage": module.plan.name},
+                parameters={
+                    "experiment": module.run_name[0],
+                    "run": module.run_name[1],
+                    "stage": module.plan.name,
+                    # The checkpoint's windows are the stage's; a run that starts from it derives its own stages from these.
+                    "imported_windows": [layer.window for layer in module.start.spec.layers],
+                },
             )
             save_checkpoint(
                 path,

@@ -6,11 +6,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ttt_lit.model.spec import ModelSpec
+from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.optim import zero_state
 from ttt_lit.train.transition import TransitionProof, prove_transition
-from ttt_lit.ttt.inner import Mode
 
 
 class StageTransition(L.Callback):
@@ -53,7 +52,7 @@ class StageTransition(L.Callback):
         if index == 0:
             # A checkpoint that came with prime MLPs computes them; freshly inserted ones are what is to be proved silent.
             known = module.has_inner_loop and not module.start.added
-            before: tuple[ModelSpec, Mode] = (module.start.spec, "static" if known else "none")
+            before: tuple[ModelSpec, Mode] = (module.start.stored, "static" if known else "none")
         else:
             old = module.plans[index - 1]
             before = module.stage_spec(old), old.config.mode
@@ -62,12 +61,6 @@ class StageTransition(L.Callback):
         )
 
     def _fixed_batch(self, module: TTTModule, context: int) -> Tensor:
-        """The first held-out sequences, the same on every rank."""
-        request = module.validation_request()
-        stream = module.datamodule.open(request, rank=0, world_size=1)
-        rows: list[Tensor] = []
-        for batch in stream:
-            rows.extend(batch["tokens"][:, : context + 1])
-            if len(rows) >= self.sequences:
-                break
-        return torch.stack(rows[: self.sequences]).to(module.device)
+        """Held-out sequences, the same on every rank and for any number of ranks."""
+        stream = module.datamodule.open(module.held_out(self.sequences))
+        return torch.cat([batch["tokens"][:, : context + 1] for batch in stream]).to(module.device)

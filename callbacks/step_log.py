@@ -31,6 +31,8 @@ class StepLog(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         self._mark = None
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
         if self._mark is None:
@@ -56,7 +58,7 @@ class StepLog(L.Callback):
         values = {
             metrics.TRAIN_LOSS: report.loss,
             metrics.GRAD_NORM: report.grad_norm,
-            metrics.BUDGET_SPENT: module.spent_fraction(),
+            metrics.BUDGET_SPENT: module.fraction,
             metrics.PEAK_MEMORY: module.history.stage(module.plan.name).peak_gib,
             "stage": float(module.entered),
         }
@@ -94,7 +96,7 @@ class StepLog(L.Callback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: what was allocated on a CUDA device, the resident set of the process on CPU."""
+    """Rank 0's largest memory: what the stage has allocated on a CUDA device, on CPU the resident set of the process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Linux counts kibibytes, macOS bytes.

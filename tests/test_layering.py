@@ -16,18 +16,19 @@ OURS = ("ttt_lit", "callbacks", "cli")
 MAY_IMPORT = {
     "ttt_lit": (),
     "ttt_lit.metrics": (),
+    "ttt_lit.identity": (),
     "ttt_lit.ops": ("ttt_lit.ops",),
     "ttt_lit.model": ("ttt_lit.ops", "ttt_lit.model"),
     "ttt_lit.model.spec": (),
     "ttt_lit.model.flops": ("ttt_lit.model.spec",),
     "ttt_lit.ttt": ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt"),
     "ttt_lit.families": ("ttt_lit.model.spec", "ttt_lit.families"),
-    "ttt_lit.checkpoint": ("ttt_lit.families", "ttt_lit.model", "ttt_lit.checkpoint"),
+    "ttt_lit.checkpoint": ("ttt_lit.families", "ttt_lit.model", "ttt_lit.checkpoint", "ttt_lit.identity"),
     "ttt_lit.convert": ("ttt_lit.checkpoint", "ttt_lit.families", "ttt_lit.model", "ttt_lit.convert"),
-    "ttt_lit.data": ("ttt_lit.data",),
+    "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity"),
     "ttt_lit.train": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
-        *(f"ttt_lit.{name}" for name in ("metrics", "train")),
+        *(f"ttt_lit.{name}" for name in ("metrics", "identity", "train")),
     ),
     "ttt_lit.experiment": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
@@ -39,6 +40,7 @@ MAY_IMPORT = {
 }
 STANDARD_LIBRARY_ONLY = (
     "ttt_lit.metrics",
+    "ttt_lit.identity",
     "ttt_lit.model.spec",
     "ttt_lit.model.flops",
     "ttt_lit.experiment.record",

@@ -41,7 +41,7 @@ UNITS: Final[dict[str, str]] = {
     TOKENS_PER_SECOND: "tokens per second of compute over all devices",
     SECONDS_PER_1K_TOKENS: "seconds of compute per 1,000 tokens over all devices",
     FLOP_PER_SECOND: "floating-point operations per second by the analytic count, over all devices",
-    PEAK_MEMORY: "GiB, largest over ranks",
+    PEAK_MEMORY: "GiB of rank 0: allocated by the stage on a GPU, resident in the process so far on a CPU",
 }
 """The unit of every fixed name above; names made by the functions below state theirs in their docstring."""
 

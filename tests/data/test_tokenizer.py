@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from ttt_lit.data.corpus import Document
 from ttt_lit.data.encode import build_tokenizer, encode_documents, encode_texts
 from ttt_lit.data.split import split_of
-from ttt_lit.data.tokenizer import load_tokenizer, text_only, tokenizer_hash
+from ttt_lit.data.tokenizer import load_tokenizer, text_only
 from ttt_lit.data.train_tokenizer import EOS_TOKEN, check_trained, train_tokenizer
+from ttt_lit.identity import tokenizer_hash
 
 AWKWARD = [
     "plain text",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import lightning as L
 import torch
 
+from callbacks.stage_checkpoint import StageCheckpoint
 from ttt_lit.train.parallel import gather
+from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run import assemble
 
 
@@ -28,15 +31,35 @@ class Spy(L.Callback):
             self.steps[-1]["norm"] = module.report.grad_norm
 
 
+class Unplug(L.Callback):
+    """Ends the process after a number of optimiser steps, as a lost machine does: nothing is cleaned up."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.steps and module.at_boundary:
+            os._exit(0)
+
+
 def main(output: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
+    stop = int(os.environ.get("TEST_UNPLUG_AFTER", "0"))
     parts = assemble(arguments, command="fit")
     spy = Spy()
     parts.trainer.callbacks.append(spy)
-    parts.trainer.fit(parts.module, datamodule=parts.data)
+    for callback in parts.trainer.callbacks:
+        if stop and isinstance(callback, StageCheckpoint):
+            callback.every_seconds = 0
+    if stop:
+        parts.trainer.callbacks.append(Unplug(stop))
+    resume = resume_file(parts.run.folder)
+    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
+    final = dict(gather(dict(parts.module.model.decoder.named_parameters())))
     if parts.trainer.is_global_zero:
         sharded = sum(hasattr(p, "full_tensor") for p in parts.module.model.parameters())
-        torch.save({"steps": spy.steps, "sharded": sharded, "history": parts.module.history.state_dict()}, Path(output))
+        history = parts.module.history.state_dict()
+        torch.save({"steps": spy.steps, "sharded": sharded, "history": history, "final": final}, Path(output))
 
 
 if __name__ == "__main__":

@@ -18,30 +18,49 @@ MODES = {"A": "first_order", "B0": "none", "B1": "static", "B2": "meta", "C": "m
 pytestmark = pytest.mark.ranks
 
 
-def run(world: Path, folder: Path, ranks: int) -> dict:
-    stages = [
-        f'--model.stages.{name}={{"enabled": true, "mode": "{mode}", "share": 0.2, "lr": 1e-5}}'
-        for name, mode in MODES.items()
-    ]
-    extra = [*stages, f"--trainer.devices={ranks}", f"--run.id=ranks{ranks}"]
-    if ranks > 1:
-        extra.append("--trainer.strategy=fsdp2")
-    output = folder / f"{ranks}.pt"
-    arguments = tiny.arguments(world, folder / "runs", *extra, steps=10)
+def launch(output: Path, arguments: list[str], ranks: int, unplug_after: int = 0) -> subprocess.CompletedProcess:
     python = [sys.executable, "-W", "ignore"]
-    launch = python + (["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else [])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(WORKER), str(output), *arguments], capture_output=True, text=True, env=environment
+    command = python + (["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else [])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TEST_UNPLUG_AFTER": str(unplug_after)}
+    return subprocess.run(
+        [*command, str(WORKER), str(output), *arguments], capture_output=True, text=True, env=environment
     )
+
+
+def arguments(world: Path, folder: Path, ranks: int, name: str) -> list[str]:
+    stages = [
+        f'--model.stages.{stage}={{"enabled": true, "mode": "{mode}", "share": 0.2, "lr": 1e-5}}'
+        for stage, mode in MODES.items()
+    ]
+    extra = [*stages, f"--trainer.devices={ranks}", f"--run.id={name}"]
+    return tiny.arguments(
+        world, folder / "runs", *extra, *(["--trainer.strategy=fsdp2"] if ranks > 1 else []), steps=10
+    )
+
+
+def run(world: Path, folder: Path, ranks: int, *, unplug_after: int = 0) -> dict:
+    output = folder / f"{ranks}_{unplug_after}.pt"
+    given = arguments(world, folder, ranks, f"ranks{ranks}_{unplug_after}")
+    if unplug_after:
+        launch(output, given, ranks, unplug_after)
+        assert not output.exists()
+    done = launch(output, given, ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(output)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    world = tiny.make_world(folder / "world")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return tiny.make_world(folder / "world")
+
+
+@pytest.fixture(scope="module")
+def runs(world, folder):
     return run(world, folder, 1), run(world, folder, 2)
 
 
@@ -79,3 +98,24 @@ def test_transitions_and_validation_agree(runs):
         for alone, sharded in zip(one[name]["validations"], two[name]["validations"], strict=True):
             assert alone["tokens"] == sharded["tokens"]
             assert alone["nats_per_token"] == pytest.approx(sharded["nats_per_token"], abs=1e-5)
+
+
+def test_two_ranks_that_were_unplugged_end_like_two_that_were_not(runs, world, folder):
+    """Sharded resume in the middle of a stage: weights, optimiser and data position to the bit."""
+    again = run(world, folder, 2, unplug_after=7)
+    assert len(again["steps"]) < len(runs[1]["steps"])
+    for name, value in runs[1]["final"].items():
+        assert torch.equal(again["final"][name], value), name
+    assert _losses(again) == _losses(runs[1])
+
+
+def _losses(result: dict) -> list:
+    return [(name, stage["losses"]) for name, stage in result["history"]["stages"].items()]
+
+
+def test_a_mesh_that_would_train_several_models_is_refused(world, folder):
+    """Lightning's own defaults split tensors within a node, and a model that is not written for that is trained twice."""
+    strategy = '--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'
+    done = launch(folder / "none.pt", [*arguments(world, folder, 1, "mesh"), "--trainer.devices=2", strategy], 2)
+    assert done.returncode != 0
+    assert "expected 2 × 1; set --trainer.strategy fsdp2" in done.stderr

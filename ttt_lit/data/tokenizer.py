@@ -9,7 +9,6 @@ Anything else has no exact table of bytes and is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+from ttt_lit.identity import DEFINING_FILES, tokenizer_hash
+
 SPACE_PIECE = "▁"
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -80,7 +80,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         token_bytes[index] = 0 if forbidden[index] else count_bytes(token, byte_level=spelt_in_bytes)
     return TextTokenizer(
         name=name,
-        hash=tokenizer_hash(folder),
+        hash=_known_hash(folder),
         vocab_size=vocab_size,
         eos_id=int(tokenizer.eos_token_id),
         token_bytes=token_bytes,
@@ -106,21 +106,20 @@ def tokenizer_folder(name: str) -> Path:
                 f" ({type(error).__name__}); give the model's folder, or log in with `hf auth login` and accept the"
                 " model's licence on its page"
             ) from error
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if not any((folder / file).is_file() for file in DEFINING_FILES):
         raise FileNotFoundError(
-            f"tokenizer {name}: expected a folder with one of {', '.join(TOKENIZER_FILES)}; give the model's folder, or"
+            f"tokenizer {name}: expected a folder with one of {', '.join(DEFINING_FILES)}; give the model's folder, or"
             " import the model first: python cli.py import --source MODEL --output FOLDER (its tokenizer:"
             " FOLDER/tokenizer)"
         )
     return folder
 
 
-def tokenizer_hash(folder: Path) -> str:
-    """Identity of a tokenizer: SHA-256 (hex) of its ``tokenizer.json``, else of its SentencePiece model."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    raise FileNotFoundError(f"tokenizer {folder}: expected a folder with one of {', '.join(TOKENIZER_FILES)}")
+def _known_hash(folder: Path) -> str:
+    digest = tokenizer_hash(folder)
+    if digest is None:
+        raise FileNotFoundError(f"tokenizer {folder}: expected a folder with one of {', '.join(DEFINING_FILES)}")
+    return digest
 
 
 def special_strings(full: dict[str, Any]) -> set[str]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ttt_lit.data.corpus import Document
-from ttt_lit.data.manifest import Layout, ShardEntry, SplitEntry, file_entry, sha256_of
+from ttt_lit.data.manifest import Layout, ShardEntry, SplitEntry, file_entry
 from ttt_lit.data.shards import write_index, write_shard
 from ttt_lit.data.split import Split
 from ttt_lit.data.tokenizer import TextTokenizer
+from ttt_lit.identity import hash_file
 
 PROGRESS = ".progress"
 """Folder for what only a resume needs."""
@@ -146,7 +147,7 @@ class SplitWriter:
         self.shards = [ShardEntry(**shard) for shard in state["shards"]]
         for shard in self.shards:
             path = self.folder / shard.file
-            if not path.is_file() or sha256_of(path) != shard.sha256:
+            if not path.is_file() or hash_file(path) != shard.sha256:
                 raise ValueError(
                     f"{path}: finished before the interruption and damaged since; delete {self.folder} and run prepare"
                     " again"

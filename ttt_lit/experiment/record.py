@@ -234,6 +234,11 @@ class RunRecord:
     """Run ids of every run that made the start checkpoint, oldest first."""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def name(self) -> str:
+        """The run among all runs: experiment and id."""
+        return f"{self.experiment}/{self.run_id}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. ValueError naming the field if a number is not finite and the run did not diverge."""
         _check_status(self)

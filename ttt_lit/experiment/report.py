@@ -40,11 +40,11 @@ class Table:
 
 
 def report(runs: list[str], output: str | None = None) -> str:
-    """Print the summary of some runs; with ``output``, write it as Markdown too.
+    """Print the summary of some runs; with ``output``, write it to that folder's ``report.md`` too.
 
     Parameters:
         runs: run folders or record files.
-        output: Markdown file to write.
+        output: folder to write to; made where it does not exist.
 
     Returns the console text.
 
@@ -56,7 +56,7 @@ def report(runs: list[str], output: str | None = None) -> str:
     records = [RunRecord.read(Path(run)) for run in runs]
     text = console(records)
     if output is not None:
-        path = Path(output)
+        path = Path(output) / "report.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(markdown(records), encoding="utf-8")
@@ -69,7 +69,7 @@ def console(records: Sequence[RunRecord]) -> str:
     """The summary for a terminal."""
     blocks = [table.text() for table in tables(records)]
     for record in records:
-        blocks.append("\n".join([f"What {record.run_id} shows", *(f"  - {line}" for line in findings(record))]))
+        blocks.append("\n".join([f"What {record.name} shows", *(f"  - {line}" for line in findings(record))]))
     return "\n\n".join(blocks)
 
 
@@ -77,7 +77,7 @@ def markdown(records: Sequence[RunRecord]) -> str:
     """The summary as a Markdown document."""
     blocks = ["# Report", *(table.markdown() for table in tables(records))]
     for record in records:
-        blocks.append("\n".join([f"### What {record.run_id} shows", "", *(f"- {line}" for line in findings(record))]))
+        blocks.append("\n".join([f"### What {record.name} shows", "", *(f"- {line}" for line in findings(record))]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -95,7 +95,7 @@ def _stages(records: Sequence[RunRecord]) -> Table:
             seconds = stage.spent.gpu_seconds
             rows.append(
                 (
-                    record.run_id,
+                    record.name,
                     stage.name,
                     stage.mode,
                     f"{stage.context:,}",
@@ -124,7 +124,7 @@ def _validations(records: Sequence[RunRecord]) -> Table:
             for context in dict.fromkeys(validation.context for validation in stage.validations):
                 by_inner = {v.inner: v for v in stage.validations if v.context == context}
                 off, on = by_inner.get("off"), by_inner.get("on")
-                rows.append((record.run_id, stage.name, f"{context:,}", *_off_and_on(off, on)))
+                rows.append((record.name, stage.name, f"{context:,}", *_off_and_on(off, on)))
     header = ("run", "stage", "context", "TTT off", "TTT on", "on − off", "bits/byte off", "bits/byte on")
     return Table(
         title="Validation (nats per token; first and last position bucket)",
@@ -155,7 +155,7 @@ def _transitions(records: Sequence[RunRecord]) -> Table:
                 continue
             outcome = "jump allowed" if not proof.preserves else "held" if proof.held else "BROKEN"
             before, after = f"{proof.before:.5f}", f"{proof.after:.5f}"
-            row = (record.run_id, stage.name, proof.kind, before, after, f"{proof.difference:+.1e}", outcome)
+            row = (record.name, stage.name, proof.kind, before, after, f"{proof.difference:+.1e}", outcome)
             rows.append(row)
     return Table(
         title="Transitions (one fixed batch, float32, nats per token)",

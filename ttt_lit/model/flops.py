@@ -22,11 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
-from ttt_lit.model.spec import LayerSpec, ModelSpec
-
-InnerMode = Literal["none", "static", "meta", "first_order"]
+from ttt_lit.model.spec import LayerSpec, Mode, ModelSpec
 
 # Multiples of the forward pass: (static linear maps and head, fast weights, attention scores).
 _PLAIN = (1, 1, 1)
@@ -75,7 +72,7 @@ def average_keys(context: int, window: int | None) -> float:
     return key_count(0, context, window) / context
 
 
-def forward_flops(spec: ModelSpec, *, context: int, mode: InnerMode, chunk: int | None = None) -> FlopCount:
+def forward_flops(spec: ModelSpec, *, context: int, mode: Mode, chunk: int | None = None) -> FlopCount:
     """One evaluation pass. In ``meta`` and ``first_order`` the inner loop runs, so its gradient is included.
 
     Parameters:
@@ -89,7 +86,7 @@ def forward_flops(spec: ModelSpec, *, context: int, mode: InnerMode, chunk: int 
 
 
 def training_flops(
-    spec: ModelSpec, *, context: int, mode: InnerMode, chunk: int | None = None, recompute: bool = False
+    spec: ModelSpec, *, context: int, mode: Mode, chunk: int | None = None, recompute: bool = False
 ) -> FlopCount:
     """Training: forward, inner gradients and outer backward; parameters as in ``forward_flops``.
 
@@ -106,7 +103,7 @@ def training_flops(
     return FlopCount(layers=layers, head=count.head + (again.head if updates else 0.0))
 
 
-def _updates(spec: ModelSpec, mode: InnerMode) -> bool:
+def _updates(spec: ModelSpec, mode: Mode) -> bool:
     if mode not in _TRAINING:
         raise ValueError(f"flops: got mode {mode!r}, expected one of {tuple(_TRAINING)}")
     updates = mode in ("meta", "first_order")
@@ -118,7 +115,7 @@ def _updates(spec: ModelSpec, mode: InnerMode) -> bool:
 def _count(
     spec: ModelSpec,
     context: int,
-    mode: InnerMode,
+    mode: Mode,
     chunk: int | None,
     *,
     prefix: tuple[int, int, int],
@@ -142,7 +139,7 @@ def _count(
     return FlopCount(layers=tuple(layers), head=head * head_tokens / context)
 
 
-def _layer(spec: ModelSpec, layer: LayerSpec, mode: InnerMode, start: int, stop: int) -> LayerFlops:
+def _layer(spec: ModelSpec, layer: LayerSpec, mode: Mode, start: int, stop: int) -> LayerFlops:
     """Forward operations of the tokens ``start … stop - 1``, summed."""
     tokens = stop - start
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim

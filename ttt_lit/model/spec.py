@@ -14,6 +14,9 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["silu", "gelu_tanh"]
 FastWeights = Literal["prime", "mlp"]
+Mode = Literal["none", "static", "meta", "first_order"]
+"""``none``: prime MLPs are not computed. ``static``: computed, never updated inside. ``meta``: updated, and the outer gradient
+differentiates through every update. ``first_order``: updated, but the updates' gradients are constants to the outer gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)

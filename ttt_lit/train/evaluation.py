@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ttt_lit.metrics import Inner
+from ttt_lit.model.spec import Mode
 from ttt_lit.train.position import PositionLoss, PositionResult
-
-if TYPE_CHECKING:
-    from ttt_lit.ttt.inner import Mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +18,20 @@ class ValidationConfig:
     """How much is measured, when."""
 
     blocks: int = 64
-    """Held-out long blocks at every stage end."""
+    """Held-out long blocks at every stage end, spread evenly over the validation split."""
     subset: int = 8
-    """The first of them, measured while a stage runs."""
+    """Evenly spread blocks among those, measured while a stage runs; must divide ``blocks``."""
     every_share: float = 0.05
     """Share of a stage's budget between two measurements of the subset; 0: none."""
-    during: tuple[str, ...] = ("C",)
+    during: tuple[Literal["A", "B0", "B1", "B2", "C"], ...] = ("C",)
     """Stages in which the subset is measured."""
 
     def __post_init__(self) -> None:
-        if not (1 <= self.subset <= self.blocks and 0 <= self.every_share <= 1):
-            raise ValueError(f"validation: got {self}, expected 1 <= subset <= blocks and every_share from 0 to 1")
+        if self.subset < 1 or self.blocks % self.subset or not 0 <= self.every_share <= 1:
+            raise ValueError(
+                f"validation: got blocks {self.blocks}, subset {self.subset} and every_share {self.every_share}, expected a subset that "
+                "divides blocks and an every_share from 0 to 1"
+            )
 
 
 class Evaluation(nn.Module):

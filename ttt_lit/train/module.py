@@ -19,8 +19,9 @@ from ttt_lit.data.stream import StreamRequest, TokenDataModule
 from ttt_lit.metrics import Inner
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.flops import training_flops
-from ttt_lit.model.spec import ModelSpec
+from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
+from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
 from ttt_lit.train.evaluation import Evaluation, ValidationConfig, evaluation_modes, target_bytes
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
@@ -29,7 +30,7 @@ from ttt_lit.train.parallel import fill, reshard, shard
 from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
 from ttt_lit.train.window import StepReport, StepWindow
-from ttt_lit.ttt.inner import InnerLoop, Mode
+from ttt_lit.ttt.inner import InnerLoop
 from ttt_lit.ttt.model import TTTModel
 from ttt_lit.ttt.scan import SequenceLoss
 
@@ -74,6 +75,8 @@ class TTTModule(L.LightningModule):
         """The resolved configuration, for the record."""
         self.validate_stage = 0
         """Stage in which a checkpoint is measured outside of training."""
+        self.fraction = 0.0
+        """Share of the stage's budget that was spent when the current optimiser step began, the same on every rank."""
         self.report: StepReport | None = None
         """The last optimiser step, the same on every rank."""
         self.history = History()
@@ -85,32 +88,22 @@ class TTTModule(L.LightningModule):
     # Assembly -----------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        world = self.trainer.world_size
-        if world > 1 and not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                f"trainer.strategy: got {type(self.trainer.strategy).__name__} on {world} devices, expected ModelParallelStrategy "
-                "(--trainer.strategy fsdp2): others lose gradients of parameters that a stage does not use"
-            )
-        self.plans = plan_stages(self.stages, self.size, self.budget, devices=world)
+        self.plans = plan_stages(self.stages, self.size, self.budget, devices=self.trainer.world_size)
         if self._start is None:
             self._start = resolve_start(self.start_config, self.ttt)
-        self._check_stages()
-        self.datamodule.check_model(self._start.spec.vocab_size, self._start.origin.tokenizer_hash)
-        self.ledger = Ledger(devices=world)
+        check_strategy(self.trainer)
+        if stage == "fit":
+            check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        check_stages(self.plans, self.start, self.start_config, self.inner, self.size)
+        check_data(self.datamodule, self.start, self.plans, self.size)
+        for blocks in (self.validation.blocks, self.validation.subset):
+            self.datamodule.open(self.validation_request(blocks), world_size=self.trainer.world_size)
+        self.ledger = Ledger(devices=self.trainer.world_size)
         if self._ledger_state is not None:
             self.ledger.load_state_dict(self._ledger_state)
         self.window = StepWindow()
         self.evaluation = Evaluation(self.size.long, has_inner_loop=self.has_inner_loop)
         self._tables = {name: self.datamodule.token_bytes(name) for name in self._datasets()}
-
-    def _check_stages(self) -> None:
-        for plan in self.plans:
-            if plan.config.mode != "none" and not self.start.spec.ttt_layers:
-                raise ValueError(f"stage {plan.name}: mode {plan.config.mode} needs TTT layers; set model.ttt")
-        if self.start_config.load == "all" and self.plans[0].config.carry != "all":
-            raise ValueError(
-                f"model.start: load all has no effect with carry params in stage {self.plans[0].name}; set carry: all"
-            )
 
     def configure_model(self) -> None:
         if self._model is not None:
@@ -119,6 +112,7 @@ class TTTModule(L.LightningModule):
             model = TTTModel(Decoder(self.start.spec))
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
+            check_strategy(self.trainer)
             assert self.device_mesh is not None
             shard(model, self.device_mesh["data_parallel"])
         model.to_empty(device=self.trainer.strategy.root_device)
@@ -174,15 +168,19 @@ class TTTModule(L.LightningModule):
         return self.ledger.spent(self.plan.name).micro_batches % self.plan.accumulate == 0
 
     def spent_fraction(self) -> float:
-        """Share of the current stage's budget that is spent, at most 1."""
-        return min(1.0, self.ledger.spent_fraction(self.plan.name, self.plan.budget))
+        """Share of the current stage's budget that is spent, at most 1; rank 0's where time decides (then a collective call)."""
+        fraction = min(1.0, self.ledger.spent_fraction(self.plan.name, self.plan.budget))
+        if self.plan.budget.seconds is None:
+            return fraction
+        return float(self.trainer.strategy.broadcast(fraction))
 
     def is_spent(self, plan: StagePlan) -> bool:
-        """Whether a stage's budget is spent: rank 0's clock decides for all (a collective call).
+        """Whether a stage's budget is spent; where time decides, rank 0's clock decides for all (a collective call).
 
-        Asked by the stream, which is opened, and read one batch ahead, before its stage is entered.
+        Asked by the stream too, which is opened, and read one batch ahead, before its stage is entered.
         """
-        return bool(self.trainer.strategy.broadcast(self.ledger.stage_spent(plan.name, plan.budget)))
+        spent = self.ledger.stage_spent(plan.name, plan.budget)
+        return spent if plan.budget.seconds is None else bool(self.trainer.strategy.broadcast(spent))
 
     def flop_per_token(self) -> float:
         """Analytic training FLOPs per token of the current stage, recomputation included where it is on."""
@@ -210,8 +208,14 @@ class TTTModule(L.LightningModule):
             should_stop=(lambda: self.is_spent(plan)) if plan.micro_batches is None else None,
         )
 
+    def held_out(self, sequences: int) -> StreamRequest:
+        """A few held-out long blocks, the same for any number of ranks when opened for one."""
+        return StreamRequest(
+            dataset="long", split="validation", block_tokens=self.size.long + 1, batch_size=1, num_batches=sequences
+        )
+
     def validation_request(self, blocks: int | None = None) -> StreamRequest:
-        """The first ``blocks`` held-out long blocks (default: all that a stage end measures), the same for every stage and arm."""
+        """``blocks`` held-out long blocks (default: all that a stage end measures), the same for every stage, arm and rank count."""
         blocks = blocks or self.validation.blocks
         world = self.trainer.world_size
         fitting = max(1, self.size.micro_batch_tokens // self.size.long)
@@ -243,6 +247,7 @@ class TTTModule(L.LightningModule):
         if not self.at_boundary:
             return
         config, fraction = self.plan.config, self.spent_fraction()
+        self.fraction = fraction
         lr = config.schedule.lr(config.lr, fraction)
         self.rates = {"base": lr, "prime": lr * config.prime_lr_ratio}
         # As in the reference, the inner warm-up counts the step that is being taken.

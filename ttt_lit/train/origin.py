@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt
 from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint
-from ttt_lit.checkpoint.tokenizer_files import tokenizer_hash
 from ttt_lit.families import family_of_config
+from ttt_lit.identity import tokenizer_hash
 from ttt_lit.model.spec import ModelSpec
 
 
@@ -26,6 +27,20 @@ class Origin:
     tokenizer: Path | None
     tokenizer_hash: str | None
     checkpoint: Checkpoint | None
+
+    @property
+    def imported_windows(self) -> tuple[int | None, ...]:
+        """Every layer's window before a training run narrowed it: what this run's stages are derived from."""
+        last = self.lineage[-1] if self.lineage else None
+        if last is not None and last.operation == "fit":
+            return tuple(last.parameters["imported_windows"])
+        return tuple(layer.window for layer in self.spec.layers)
+
+    def shape_only(self) -> Origin:
+        """The same network without weights, history and prime MLPs: what a run from random weights starts from."""
+        layers = zip(self.spec.layers, self.imported_windows, strict=True)
+        bare = tuple(dataclasses.replace(layer, window=window, prime=None, fast=None) for layer, window in layers)
+        return dataclasses.replace(self, spec=self.spec.with_layers(bare), lineage=(), checkpoint=None)
 
     @property
     def weights_hash(self) -> str | None:

@@ -1,7 +1,7 @@
 """Check this implementation against golden files of the official TTT-E2E reference.
 
 The losses and gradients come from the code that ``fit`` trains with: ``TTTModel``, ``build_optimizer``, ``clip_gradients`` and the
-learning-rate schedules. Only the reading of the file and the error measures live here.
+schedules. Reading the file, the loop over its steps and the error measures live here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from ttt_lit.families.ttt_e2e import spec_from_case, state_from_reference, state_to_reference, switched_off
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.model.spec import ModelSpec
+from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, set_lr
-from ttt_lit.train.schedule import InnerLRSchedule
-from ttt_lit.ttt.inner import Mode
+from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.ttt.model import TTTModel
 
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3}
@@ -96,14 +95,30 @@ def read_case(path: str | Path) -> Case:
     try:
         config = json.loads(metadata["config"])
         case = Case(path.stem, config, spec_from_case(config), tensors)
-        missing = {"tokens", "loss", "token_nll"} - tensors.keys()
-        if int(config["steps"]) > 1:
-            missing |= {"losses"} - tensors.keys()
-        if missing:
-            raise ValueError(f"tensors {sorted(missing)} are missing")
+        _check_complete(case)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a golden file: {error}") from error
     return case
+
+
+def _check_complete(case: Case) -> None:
+    """ValueError for whatever would fail, or be left out, later."""
+    config, tensors = case.config, case.tensors
+    steps, chunk = int(config["steps"]), int(config["chunk"])
+    float(config["ilr"]), float(config["clip"])
+    wanted = {"tokens", "loss", "token_nll"} | ({"losses"} if steps > 1 else set())
+    missing = sorted(wanted - tensors.keys())
+    if missing:
+        raise ValueError(f"tensors {missing} are missing")
+    shape, expected = tuple(tensors["tokens"].shape), (steps, int(config["batch"]), int(config["seq"]) + 1)
+    if shape != expected:
+        raise ValueError(f"tokens: got shape {shape}, expected {expected}")
+    if not 0 <= int(tensors["tokens"].min()) <= int(tensors["tokens"].max()) < case.spec.vocab_size:
+        raise ValueError(f"tokens: got ids outside 0 to {case.spec.vocab_size - 1}")
+    if case.mode == "meta" and (chunk < 1 or config["seq"] % chunk):
+        raise ValueError(f"chunk: got {chunk}, expected one that divides seq {config['seq']}")
+    for prefix in ("weight.", "grad.", *(("final.",) if steps > 1 else ())):
+        state_from_reference(case.spec, case.group(prefix))  # names and shapes
 
 
 def check_case(case: Case, dtype: torch.dtype, *, recompute: bool = True) -> CaseErrors:
@@ -187,10 +202,8 @@ def inner_lr(config: dict[str, Any], step: int) -> float:
 
 def outer_lr(step: int) -> float:
     """The reference's outer learning rate at step 0, 1, …; the very first step has rate 0."""
-    if step < _WARMUP_STEPS:
-        return _PEAK_LR * step / _WARMUP_STEPS
-    progress = min(1.0, (step - _WARMUP_STEPS) / (_DECAY_STEPS - _WARMUP_STEPS))
-    return _FINAL_LR + (_PEAK_LR - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
+    schedule = LRSchedule(warmup_share=_WARMUP_STEPS / _DECAY_STEPS, final_lr_ratio=_FINAL_LR / _PEAK_LR)
+    return schedule.lr(_PEAK_LR, step / _DECAY_STEPS)
 
 
 def _train(case: Case, dtype: torch.dtype, *, recompute: bool) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -26,6 +27,9 @@ from ttt_lit.train.resume import resume_file
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 
 # What stages need of the Trainer. They are facts of the method, so a configuration that says otherwise is refused.
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Master and fast weights stay float32 in both: true half precision would cast them, and a scaled loss does not reach the inner step."""
+
 _FIXED: dict[str, Any] = {
     "max_epochs": None,  # one epoch a stage, set once the stages are known
     "reload_dataloaders_every_n_epochs": 1,
@@ -88,6 +92,8 @@ class _CommandLine(LightningCLI):
             raise ValueError(
                 f"trainer: {', '.join(wrong)} follow from the run's stages and budget; remove them from the configuration"
             )
+        if str(given.precision) not in (*PRECISIONS, "32", "None"):
+            raise ValueError(f"trainer.precision: got {given.precision}, expected {' or '.join(PRECISIONS)}")
         if given.strategy == FSDP2:
             kwargs["strategy"] = _fsdp2(given.devices, given.num_nodes)
         if given.enable_progress_bar is False:  # Lightning takes it for a contradiction that base.yaml names a bar
@@ -130,15 +136,18 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     # Streams have no state to save: the ledger knows the position, and a test holds resume to the bit.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
-        TTTModule,
-        TokenDataModule,
-        run=False,
-        args=arguments,
-        save_config_callback=None,
-        seed_everything_default=0,
-        parser_kwargs={"default_config_files": [str(BASE)], "prog": f"cli.py {command}"},
-    )
+    try:
+        cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
+            TTTModule,
+            TokenDataModule,
+            run=False,
+            args=arguments,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"default_config_files": [str(BASE)], "prog": f"cli.py {command}"},
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     config.pop("config", None)
     run = RunConfig(**{field.name: getattr(cli.config.run, field.name) for field in dataclasses.fields(RunConfig)})
@@ -206,11 +215,13 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "config.yaml"
     if path.is_file():
         changed = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
-        if changed:
+        begun = (folder / "record.json").exists() or resume_file(folder) is not None
+        if changed and begun:
             raise ValueError(
                 f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); give another --run.id"
             )
-        return
+        if not changed:
+            return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

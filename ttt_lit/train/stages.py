@@ -10,9 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ttt_lit.model.spec import Mode
 from ttt_lit.train.budget import Budget, StageBudget, split_budget
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
-from ttt_lit.ttt.inner import Mode
 
 Context = Literal["short", "long"]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ttt_lit.checkpoint.receipt import Receipt
-from ttt_lit.convert.fast_mlp import TTTConfig, new_tensors, prime_state, with_prime
+from ttt_lit.convert.fast_mlp import TTTConfig, new_tensors, prime_state, ttt_layers, with_prime
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.origin import Origin, origin_of_checkpoint, origin_of_config
@@ -42,8 +44,10 @@ class Start:
     """A resolved start: the full description and every tensor, prime MLPs included."""
 
     origin: Origin
+    stored: ModelSpec
+    """The origin's description with the prime MLPs that this run adds; windows as in the checkpoint."""
     spec: ModelSpec
-    """The origin's description with the prime MLPs that this run adds."""
+    """The same with the windows that the imported model had: stages narrow these."""
     state: Mapping[str, Tensor]
     """Every parameter, float32 on CPU."""
     added: dict[str, tuple[int, ...]]
@@ -63,28 +67,45 @@ def optimizer_file(checkpoint: str | Path) -> Path:
 def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
     """Read, convert and initialise. Errors name what is missing and the command that makes it."""
     origin = _origin(config)
-    # A checkpoint that is a TTT model already keeps its prime MLPs; a conversion is for one that has none.
-    spec = with_prime(origin.spec, ttt) if ttt is not None and not origin.spec.ttt_layers else origin.spec
-    added = new_tensors(origin.spec, spec)
+    stored = _with_prime(origin, ttt)
+    added = new_tensors(origin.spec, stored)
     if config.load == "all" and added:
         raise ValueError(
             f"model.start: load all needs a checkpoint with every tensor of this run, but {len(added)} are new "
             f"({next(iter(added))} …); set load: params"
         )
-    if origin.checkpoint is None or config.init == "scratch":
+    if origin.checkpoint is None:
         state = _random_state(origin.spec, config)
     else:
         state = {name: tensor.float() for name, tensor in origin.checkpoint.state().items()}
     if added and ttt is not None:
-        state |= prime_state(origin.spec, spec, state, init=ttt.prime_init, seed=config.seed, std=config.std)
+        state |= prime_state(origin.spec, stored, state, init=ttt.prime_init, seed=config.seed, std=config.std)
+    windows = zip(stored.layers, origin.imported_windows, strict=True)
     return Start(
         origin=origin,
-        spec=spec,
+        stored=stored,
+        spec=stored.with_layers(tuple(dataclasses.replace(layer, window=window) for layer, window in windows)),
         state=state,
         added=added,
         receipt=_receipt(config, origin, added, ttt),
         optimizer=_optimizer_state(config, state) if config.load == "all" else None,
     )
+
+
+def _with_prime(origin: Origin, ttt: TTTConfig | None) -> ModelSpec:
+    """The origin's network with the TTT layers that the run asks for; those that it has already must be the same."""
+    if ttt is None or not origin.spec.ttt_layers:
+        return origin.spec if ttt is None else with_prime(origin.spec, ttt)
+    bare = origin.shape_only().spec
+    wanted = ttt_layers(bare, ttt.layers)
+    width = ttt.prime_width or bare.intermediate_size
+    primes = {layer.prime.intermediate_size for layer in origin.spec.layers if layer.prime is not None}
+    if wanted != origin.spec.ttt_layers or primes - {width}:
+        raise ValueError(
+            f"model.ttt: the checkpoint has TTT layers {list(origin.spec.ttt_layers)} of width {sorted(primes)}, got layers "
+            f"{list(wanted)} of width {width}; ask for the same, or set model.ttt: null to take them as they are"
+        )
+    return origin.spec
 
 
 def _origin(config: StartConfig) -> Origin:
@@ -97,13 +118,14 @@ def _origin(config: StartConfig) -> Origin:
         )
     if config.tokenizer is not None and not from_config:
         raise ValueError("model.start.tokenizer has no effect: the checkpoint folder brings its tokenizer; remove it")
-    return (
-        origin_of_config(config.init_from, config.tokenizer) if from_config else origin_of_checkpoint(config.init_from)
-    )
+    if from_config:
+        return origin_of_config(config.init_from, config.tokenizer)
+    origin = origin_of_checkpoint(config.init_from)
+    return origin.shape_only() if config.init == "scratch" else origin
 
 
 def _receipt(config: StartConfig, origin: Origin, added: dict[str, tuple[int, ...]], ttt: TTTConfig | None) -> Receipt:
-    if origin.receipt is None or config.init == "scratch":
+    if origin.receipt is None:
         shapes = origin.spec.parameter_shapes()
         receipt = Receipt.all_new(
             shapes, dtype="F32", note=f"normal std {config.std:g}, norms identity, seed {config.seed}"
@@ -129,7 +151,12 @@ def _optimizer_state(config: StartConfig, state: Mapping[str, Tensor]) -> dict[s
         raise FileNotFoundError(
             f"model.start: load all needs {path}, which is missing; a run writes it at each stage end, or set load: params"
         )
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: damaged optimiser file ({error}); set load: params, or run the stage again"
+        ) from error
     expected = {f"{name}.{part}": tensor.shape for name, tensor in state.items() for part in ("exp_avg", "exp_avg_sq")}
     expected |= {f"{name}.step": torch.Size([]) for name in state}
     wrong = sorted(n for n in expected.keys() | saved.keys() if n not in saved or saved[n].shape != expected.get(n))

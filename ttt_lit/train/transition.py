@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ttt_lit.convert.windowed import preserves_function
-from ttt_lit.model.spec import ModelSpec
+from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.parallel import reshard
-from ttt_lit.ttt.inner import Mode
 from ttt_lit.ttt.model import TTTModel
 
 TOLERANCE = 1e-5

@@ -6,16 +6,13 @@ Equation numbers are those of "End-to-End Test-Time Training for Long Context" (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ttt_lit.model.mlp import MLPWeights
-
-Mode = Literal["none", "static", "meta", "first_order"]
-"""``none``: prime MLPs are not computed. ``static``: computed, never updated inside. ``meta``: updated, and the outer gradient
-differentiates through every update. ``first_order``: updated, but the updates' gradients are constants to the outer gradient."""
+from ttt_lit.model.spec import Mode
 
 FastWeights = dict[int, MLPWeights]
 """Layer index → matrices with a leading batch axis, one copy a sequence: gate, up (B, F, D), down (B, D, F)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.ttt.inner import Mode
+from ttt_lit.model.spec import Mode
 from ttt_lit.ttt.scan import SequenceLoss, sequence_loss
 
 

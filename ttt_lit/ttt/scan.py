@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ttt_lit.model.attention import KeyValues
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.mlp import MLPWeights
+from ttt_lit.model.spec import Mode
 from ttt_lit.ops.cross_entropy import token_nll, token_nll_in_pieces
-from ttt_lit.ttt.inner import FastWeights, Mode, check_mode, sgd_step
+from ttt_lit.ttt.inner import FastWeights, check_mode, sgd_step
 from ttt_lit.ttt.rerun import rerun
 
 Past = dict[int, KeyValues]

@@ -1,0 +1,86 @@
+"""What must fit together before a run trains its first token. Every mistake is a ValueError in one line, at once, not hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.train.stages import SizeConfig, StagePlan
+from ttt_lit.train.start import Start, StartConfig
+from ttt_lit.ttt.inner import InnerLoop
+
+# The ledger counts before anyone reads it; a stage is entered before it is watched; a record is complete before it is saved.
+REQUIRED_CALLBACKS: tuple[str, ...] = (
+    *("FairnessBudget", "StageTransition", "StepLog", "DivergenceGuard", "PositionLossLogger"),
+    *("StageCheckpoint", "RunRecorder"),
+)
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Several devices mean FSDP2 over all of them: other strategies lose gradients, or train several models."""
+    world, strategy = trainer.world_size, trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        if world > 1:
+            raise ValueError(
+                f"trainer.strategy: got {type(strategy).__name__} on {world} devices, which loses gradients of parameters that a "
+                "stage does not use; set --trainer.strategy fsdp2"
+            )
+        return
+    mesh = strategy.device_mesh
+    if mesh is not None and (mesh["data_parallel"].size() != world or mesh["tensor_parallel"].size() != 1):
+        raise ValueError(
+            f"trainer.strategy: got a {mesh['data_parallel'].size()} × {mesh['tensor_parallel'].size()} mesh (data × tensor), expected "
+            f"{world} × 1; set --trainer.strategy fsdp2"
+        )
+
+
+def check_callbacks(callbacks: Sequence[L.Callback]) -> None:
+    """A run needs its callbacks, in the order of configs/base.yaml."""
+    names = [type(callback).__name__ for callback in callbacks]
+    ours = [name for name in names if name in REQUIRED_CALLBACKS]
+    if ours != list(REQUIRED_CALLBACKS):
+        raise ValueError(
+            f"trainer.callbacks: got {', '.join(ours) or 'none of ours'}, expected {', '.join(REQUIRED_CALLBACKS)} in this order; add "
+            "callbacks with --trainer.callbacks+= instead of replacing the list"
+        )
+
+
+def check_stages(
+    plans: Sequence[StagePlan], start: Start, config: StartConfig, inner: InnerLoop, size: SizeConfig
+) -> None:
+    """Modes need TTT layers and a rate; the validation context needs whole chunks."""
+    for plan in plans:
+        mode = plan.config.mode
+        if mode != "none" and not start.spec.ttt_layers:
+            raise ValueError(f"stage {plan.name}: mode {mode} needs TTT layers; set model.ttt")
+        if mode in ("meta", "first_order") and inner.lr == 0:
+            raise ValueError(f"stage {plan.name}: mode {mode} with inner.lr 0 updates nothing; use mode static")
+    if start.spec.ttt_layers and size.long % size.chunk:
+        raise ValueError(
+            f"size.long {size.long} is not a multiple of size.chunk {size.chunk}: validation reads it in chunks"
+        )
+    if config.load == "all" and plans[0].config.carry != "all":
+        raise ValueError(
+            f"model.start: load all has no effect with carry params in stage {plans[0].name}; set carry: all"
+        )
+
+
+def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], size: SizeConfig) -> None:
+    """The shards are the model's, and long ones hold blocks that cross no document."""
+    data.check_model(start.spec.vocab_size, start.origin.tokenizer_hash)
+    long = data.manifest("long")
+    if long.layout != "per_document" or long.context != size.long:
+        raise ValueError(
+            f"data.long: {data.folders['long']} is {long.layout} with context {long.context}, expected per_document with context "
+            f"{size.long} (size.long), so that no block crosses a document; prepare it so"
+        )
+    if any(plan.config.context == "short" for plan in plans):
+        short = data.manifest("short")
+        if short.context < size.short:
+            raise ValueError(
+                f"data.short: {data.folders['short']} has documents of {short.context} tokens and more, expected at least {size.short} "
+                "(size.short); prepare it with that context"
+            )
