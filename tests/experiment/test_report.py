@@ -128,7 +128,7 @@ def test_report_reads_folders_and_files_prints_and_writes(tmp_path, make_record,
     assert capsys.readouterr().out.strip() == text.strip()
     page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "What q_p1_bridge/demo-1 shows" in page
-    assert "What demo-2 shows" in page
+    assert "What q_p1_bridge/demo-2 shows" in page
 
 
 @pytest.mark.parametrize("content", [None, "{"])
