@@ -35,21 +35,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _import(arguments: list[str]) -> int:
     """Hugging Face checkpoint → our checkpoint, audited and proved equal."""
-    from jsonargparse import auto_cli
-
+    parser = argparse.ArgumentParser(prog="cli.py import", description=_import.__doc__)
+    parser.add_argument("--source", required=True, help="folder of a Hugging Face checkpoint, or a hub id")
+    parser.add_argument("--output", required=True, help="folder to make; must not exist")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="KEY=REASON",
+        help="drop an extra tensor and record why; may be given several times",
+    )
+    parser.add_argument(
+        "--parity",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the logits with transformers; off only for models that do not fit into memory",
+    )
+    given = parser.parse_args(arguments)
     from ttt_lit.checkpoint.importing import import_checkpoint
 
-    auto_cli(import_checkpoint, args=arguments, as_positional=False, prog="cli.py import")
+    import_checkpoint(given.source, given.output, allow=given.allow, parity=given.parity)
     return 0
 
 
 def _export(arguments: list[str]) -> int:
     """Our dense or windowed checkpoint → Hugging Face folder."""
-    from jsonargparse import auto_cli
-
+    parser = argparse.ArgumentParser(prog="cli.py export", description=_export.__doc__)
+    parser.add_argument("--checkpoint", required=True, help="folder of a dense or windowed checkpoint of ours")
+    parser.add_argument("--output", required=True, help="folder to make; must not exist")
+    given = parser.parse_args(arguments)
     from ttt_lit.checkpoint.export import export_checkpoint
 
-    auto_cli(export_checkpoint, args=arguments, as_positional=False, prog="cli.py export")
+    print(f"written to {export_checkpoint(given.checkpoint, given.output)}")
     return 0
 
 

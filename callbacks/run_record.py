@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ttt_lit.experiment import record as schema
-from ttt_lit.ops.attention import choose_kernel
+from ttt_lit.ops.attention import kernels_that_ran
 from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.stages import StagePlan
@@ -187,19 +187,7 @@ def _environment(trainer: L.Trainer, module: TTTModule) -> schema.Environment:
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else platform.machine() + " cpu"
     return schema.Environment(
-        versions=versions, device=device, num_devices=trainer.world_size, kernels=_kernels(trainer, module)
-    )
-
-
-def _kernels(trainer: L.Trainer, module: TTTModule) -> list[str]:
-    """The attention kernels that the run's stages choose, by the same function that the model calls."""
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    twice = {plan.config.mode == "meta" for plan in module.plans} | {False}
-    return sorted(
-        {
-            choose_kernel(device=module.device, dtype=dtype, head_dim=module.start.spec.head_dim, twice=second)
-            for second in twice
-        }
+        versions=versions, device=device, num_devices=trainer.world_size, kernels=sorted(kernels_that_ran)
     )
 
 

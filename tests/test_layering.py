@@ -34,7 +34,8 @@ MAY_IMPORT = {
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
         *(f"ttt_lit.{name}" for name in ("metrics", "train", "experiment")),
     ),
-    "ttt_lit.experiment.record": (),
+    "ttt_lit.experiment.record": ("ttt_lit.experiment.strict_json",),
+    "ttt_lit.experiment.strict_json": (),
     "callbacks": ("ttt_lit",),
     "cli": ("ttt_lit",),
 }
@@ -43,6 +44,7 @@ STANDARD_LIBRARY_ONLY = (
     "ttt_lit.identity",
     "ttt_lit.model.spec",
     "ttt_lit.model.flops",
+    "ttt_lit.experiment.strict_json",
     "ttt_lit.experiment.record",
     "ttt_lit.experiment.findings",
     "ttt_lit.experiment.report",

@@ -6,11 +6,13 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ttt_lit.experiment import record as record_module
 from ttt_lit.experiment.record import Model, RunRecord
+from ttt_lit.model import spec
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-record.md"
 
@@ -116,3 +118,8 @@ def test_the_documentation_lists_exactly_the_schema():
     assert {name: sorted(fields) for name, fields in documented.items() if fields} == {
         name: sorted(fields) for name, fields in schema.items()
     }
+
+
+def test_the_record_knows_every_mode_of_the_method():
+    """It imports nothing of the model, so the list stands twice."""
+    assert get_args(record_module.Mode) == get_args(spec.Mode)

@@ -1,10 +1,13 @@
 """What a user sees: help at once, one line for every mistake, and the names of what is missing and the command that makes it."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
 import cli
 
@@ -105,3 +108,22 @@ def test_prepare_refuses_a_misspelt_key(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["prepare", "--config", str(tmp_path / "data.yaml")])
     assert "tokenzer" in capsys.readouterr().err
+
+
+def test_a_model_goes_out_and_comes_back_through_the_commands(world, tmp_path, capsys, one_line):
+    """export → import → export: with parity, an extra tensor allowed by name, and the same bytes at the end."""
+    first, ours, second = tmp_path / "first", tmp_path / "ours", tmp_path / "second"
+    assert cli.main(["export", "--checkpoint", str(world / "checkpoint"), "--output", str(first)]) == 0
+    tensors = load_file(first / "model.safetensors")
+    save_file(tensors | {"model.extra": torch.zeros(2)}, first / "model.safetensors", metadata={"format": "pt"})
+    assert "model.extra" in one_line("import", "--source", first, "--output", ours)
+    assert not ours.exists()
+    allowed = ["--allow", "model.extra=left over from training"]
+    assert cli.main(["import", "--source", str(first), "--output", str(ours), *allowed]) == 0
+    audit = json.loads((ours / "audit.json").read_text())
+    assert "left over from training" in json.dumps(audit)
+    assert audit["parity"] is not None
+    assert cli.main(["export", "--checkpoint", str(ours), "--output", str(second)]) == 0
+    again = load_file(second / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)

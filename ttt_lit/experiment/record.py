@@ -8,15 +8,13 @@ Standard library only, so a report starts at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import os
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from ttt_lit.experiment.strict_json import decode, encode, refuse_constant
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
@@ -242,7 +240,7 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. ValueError naming the field if a number is not finite and the run did not diverge."""
         _check_status(self)
-        plain: dict[str, Any] = _encode(dataclasses.asdict(self), "record", self.status == "diverged")
+        plain: dict[str, Any] = encode(dataclasses.asdict(self), "record", self.status == "diverged")
         return plain
 
     @classmethod
@@ -255,7 +253,7 @@ class RunRecord:
             raise ValueError(
                 f"schema_version: got {version!r}, expected {SCHEMA_VERSION}; use the ttt_lit that wrote it"
             )
-        record: RunRecord = _decode(cls, data, "record", data.get("status") == "diverged")
+        record: RunRecord = decode(cls, data, "record", data.get("status") == "diverged")
         _check_status(record)
         return record
 
@@ -276,7 +274,7 @@ class RunRecord:
                 f"{path}: no run record; expected a run folder with {RECORD_NAME}, as fit writes it"
             )
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant))
         except ValueError as error:
             raise ValueError(f"{path}: not a readable run record: {error}") from error
 
@@ -286,68 +284,3 @@ def _check_status(record: RunRecord) -> None:
     if needs_reason != (record.reason is not None):
         expected = "a reason" if needs_reason else "no reason"
         raise ValueError(f"record.reason: got {record.reason!r} with status {record.status!r}, expected {expected}")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"got the number {name}, expected null")
-
-
-def _encode(value: Any, where: str, diverged: bool) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        if diverged:
-            return None
-        raise ValueError(f"{where}: got {value}, expected a finite number unless status is 'diverged'")
-    if isinstance(value, dict):
-        return {str(key): _encode(item, f"{where}.{key}", diverged) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item, f"{where}[{index}]", diverged) for index, item in enumerate(value)]
-    return value
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _decode(kind: Any, value: Any, where: str, diverged: bool) -> Any:
-    """``value`` checked against the annotation ``kind``."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is types.UnionType:
-        inner = next(argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _decode(inner, value, where, diverged)
-    if origin is Literal:
-        _expect(value in arguments, value, where, f"one of {arguments}")
-        return value
-    if origin is list:
-        _expect(isinstance(value, list), value, where, "a list")
-        return [_decode(arguments[0], item, f"{where}[{index}]", diverged) for index, item in enumerate(value)]
-    if origin is dict:
-        _expect(isinstance(value, dict), value, where, "an object")
-        return {key: _decode(arguments[1], item, f"{where}.{key}", diverged) for key, item in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return _decode_object(kind, value, where, diverged)
-    if kind is float:
-        if value is None and diverged:
-            return math.nan
-        _expect(isinstance(value, (int, float)) and not isinstance(value, bool), value, where, "a number")
-        return float(value)
-    _expect(type(value) is kind, value, where, f"a value of type {kind.__name__}")
-    return value
-
-
-def _decode_object(kind: Any, value: Any, where: str, diverged: bool) -> Any:
-    _expect(isinstance(value, dict), value, where, "an object")
-    hints = _hints(kind)
-    unknown, missing = sorted(set(value) - set(hints)), sorted(set(hints) - set(value))
-    if unknown or missing:
-        raise ValueError(
-            f"{where}: got unknown fields {unknown} and misses fields {missing}, expected the schema's fields"
-        )
-    return kind(**{name: _decode(hints[name], item, f"{where}.{name}", diverged) for name, item in value.items()})
-
-
-def _expect(condition: bool, value: Any, where: str, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{where}: got {value!r:.80}, expected {expected}")

@@ -22,6 +22,9 @@ from ttt_lit.ops.attention_naive import visible
 
 Kernel = Literal["math", "sdpa", "flash"]
 
+kernels_that_ran: set[Kernel] = set()
+"""What this process has used so far, for the run record."""
+
 # Queries per tile of windowed SDPA: each tile reads window + tile - 1 keys, so smaller tiles waste less and launch more.
 _TILE = 1024
 
@@ -33,6 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
     ``twice``: the result will be differentiated twice.
     """
     kernel = choose_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], twice=twice)
+    kernels_that_ran.add(kernel)
     if window is not None and window >= k.shape[2]:
         window = None
     return _KERNELS[kernel](q, k, v, scale, window)
