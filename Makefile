@@ -1,4 +1,4 @@
-# make demo   install, then watch a pretrained dense model become a TTT-E2E model (about 12 minutes on 2 CPU cores)
+# make demo   install, then watch a pretrained dense model become a TTT-E2E model (about 9 minutes on 2 CPU cores)
 # make test   install if needed, then run the tests
 # make check  lint, formatting, types, layering
 

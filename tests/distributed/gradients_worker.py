@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -18,17 +19,26 @@ from ttt_lit.train.run import assemble
 class Spy(L.Callback):
     def __init__(self) -> None:
         self.steps: list[dict] = []
+        self.rates: list[tuple] = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         named = dict(module.model.decoder.named_parameters())
         gathered = gather({name: p.grad for name, p in named.items() if p.grad is not None})
         gradients = {name: gradient.clone() for name, gradient in gathered}  # clipping works in place
+        self.rates.append((module.plan.name, dict(module.rates), module.inner_lr))
         self.steps.append({"stage": module.plan.name, "mode": module.plan.config.mode, "gradients": gradients})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if module.report is not None and self.steps:
             self.steps[-1]["loss"] = module.report.loss
             self.steps[-1]["norm"] = module.report.grad_norm
+
+
+class SkewedClock(L.Callback):
+    """Rank 1's clock runs twice as fast: decisions from time must still be the same on both ranks."""
+
+    def on_train_start(self, trainer, module) -> None:
+        module.ledger._clock = lambda: time.monotonic() * (1 + trainer.global_rank)
 
 
 class Unplug(L.Callback):
@@ -51,10 +61,13 @@ def main(output: str, arguments: list[str]) -> None:
     for callback in parts.trainer.callbacks:
         if stop and isinstance(callback, StageCheckpoint):
             callback.every_seconds = 0
+    if os.environ.get("TEST_SKEW_CLOCKS"):
+        parts.trainer.callbacks.insert(0, SkewedClock())
     if stop:
         parts.trainer.callbacks.append(Unplug(stop))
     resume = resume_file(parts.run.folder)
     parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
+    torch.save(spy.rates, f"{output}.rates{parts.trainer.global_rank}")
     final = dict(gather(dict(parts.module.model.decoder.named_parameters())))
     if parts.trainer.is_global_zero:
         sharded = sum(hasattr(p, "full_tensor") for p in parts.module.model.parameters())

@@ -18,10 +18,13 @@ MODES = {"A": "first_order", "B0": "none", "B1": "static", "B2": "meta", "C": "m
 pytestmark = pytest.mark.ranks
 
 
-def launch(output: Path, arguments: list[str], ranks: int, unplug_after: int = 0) -> subprocess.CompletedProcess:
+def launch(
+    output: Path, arguments: list[str], ranks: int, unplug_after: int = 0, skew: bool = False
+) -> subprocess.CompletedProcess:
     python = [sys.executable, "-W", "ignore"]
     command = python + (["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else [])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TEST_UNPLUG_AFTER": str(unplug_after)}
+    environment |= {"TEST_SKEW_CLOCKS": "1"} if skew else {}
     return subprocess.run(
         [*command, str(WORKER), str(output), *arguments], capture_output=True, text=True, env=environment
     )
@@ -119,3 +122,14 @@ def test_a_mesh_that_would_train_several_models_is_refused(world, folder):
     done = launch(folder / "none.pt", [*arguments(world, folder, 1, "mesh"), "--trainer.devices=2", strategy], 2)
     assert done.returncode != 0
     assert "expected 2 × 1; set --trainer.strategy fsdp2" in done.stderr
+
+
+def test_ranks_whose_clocks_disagree_take_the_same_steps_at_the_same_rates(world, folder):
+    """In a run by time rank 0's clock decides for all: when a stage ends, and every learning rate on the way."""
+    output = folder / "skewed.pt"
+    budget = ["--model.budget.tokens=null", "--model.budget.gpu_hours=0.003"]
+    done = launch(output, [*arguments(world, folder, 2, "skewed"), *budget], 2, skew=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rates = [torch.load(f"{output}.rates{rank}") for rank in (0, 1)]
+    assert rates[0] == rates[1]
+    assert {stage for stage, *_ in rates[0]} == set(MODES)
