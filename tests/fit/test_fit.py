@@ -15,6 +15,7 @@ from callbacks.stage_checkpoint import StageCheckpoint
 from ttt_lit import metrics
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.train.run import assemble, fit
+from ttt_lit.train.start import resolve_start
 
 
 class Shapes(L.Callback):
@@ -75,7 +76,7 @@ def test_stages_have_the_modes_and_contexts_they_ask_for(bridge):
 
 def test_prime_mlps_and_their_optimiser_state_are_untouched_until_they_are_used(bridge):
     parts, shapes, _ = bridge
-    start = parts.module.start.state
+    start = resolve_start(parts.module.start_config, parts.module.ttt).state
     assert shapes.primes["B2"]
     for name, value in shapes.primes["B2"].items():
         assert torch.equal(value, start[name]), name

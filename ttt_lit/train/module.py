@@ -5,6 +5,7 @@ Callbacks decide when a stage is entered and write down what happened; loss, inn
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -117,12 +118,14 @@ class TTTModule(L.LightningModule):
             shard(model, self.device_mesh["data_parallel"])
         model.to_empty(device=self.trainer.strategy.root_device)
         fill(model.decoder, self.start.state)
+        self._start = dataclasses.replace(self.start, state={})  # random weights would stay in memory a second time
         self._model = model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model.decoder.named_parameters(), self.optim)
         if self.start.optimizer is not None:
             load_moments(optimizer, self.model.decoder.named_parameters(), self.start.optimizer)
+            self._start = dataclasses.replace(self.start, optimizer=None)
         return optimizer
 
     @property

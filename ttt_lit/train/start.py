@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,7 @@ class Start:
     spec: ModelSpec
     """The same with the windows that the imported model had: stages narrow these."""
     state: Mapping[str, Tensor]
-    """Every parameter, float32 on CPU."""
+    """Every parameter, float32 on CPU; a checkpoint's are read from disk one by one, as they are asked for."""
     added: dict[str, tuple[int, ...]]
     """Tensors that this run adds."""
     receipt: Receipt
@@ -74,12 +75,11 @@ def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
             f"model.start: load all needs a checkpoint with every tensor of this run, but {len(added)} are new "
             f"({next(iter(added))} …); set load: params"
         )
-    if origin.checkpoint is None:
-        state = _random_state(origin.spec, config)
-    else:
-        state = {name: tensor.float() for name, tensor in origin.checkpoint.state().items()}
+    checkpoint = origin.checkpoint
+    state = _random_state(origin.spec, config) if checkpoint is None else _AsFloat32(checkpoint.state())
     if added and ttt is not None:
-        state |= prime_state(origin.spec, stored, state, init=ttt.prime_init, seed=config.seed, std=config.std)
+        new = prime_state(origin.spec, stored, state, init=ttt.prime_init, seed=config.seed, std=config.std)
+        state = ChainMap(new, state)  # type: ignore[arg-type]
     windows = zip(stored.layers, origin.imported_windows, strict=True)
     return Start(
         origin=origin,
@@ -137,7 +137,23 @@ def _receipt(config: StartConfig, origin: Origin, added: dict[str, tuple[int, ..
     return receipt
 
 
-def _random_state(spec: ModelSpec, config: StartConfig) -> dict[str, Tensor]:
+class _AsFloat32(Mapping[str, Tensor]):
+    """Memory-mapped tensors, converted on access: eight ranks of a node share one copy in the page cache."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _random_state(spec: ModelSpec, config: StartConfig) -> Mapping[str, Tensor]:
     with torch.device("meta"):
         decoder = Decoder(spec)
     decoder = decoder.to_empty(device="cpu")
