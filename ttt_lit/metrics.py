@@ -104,7 +104,7 @@ def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
                 "Multiline",
                 [on_tokens_axis(val_loss("on")), on_tokens_axis(val_loss("off"))],
             ],
-            "nats per token against GPU-hours": [
+            "nats per token against thousandths of a GPU-hour": [
                 "Multiline",
                 [on_gpu_hours_axis(val_loss("on")), on_gpu_hours_axis(val_loss("off"))],
             ],
