@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 # Two releases of Lightning carried malware (pytorch-lightning#21691, GHSA-w37p-236h-pfx3): never import them.
 MALICIOUS_LIGHTNING = ("2.6.2", "2.6.3")
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -54,6 +55,7 @@ def _import(arguments: list[str]) -> int:
     from ttt_lit.checkpoint.importing import import_checkpoint
 
     import_checkpoint(given.source, given.output, allow=given.allow, parity=given.parity)
+    print(f"written to {given.output}")
     return 0
 
 
@@ -71,10 +73,11 @@ def _export(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     """Text → tokens → LitData shards with a manifest."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     from ttt_lit.data.prepare import PrepareConfig, prepare
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="cli.py prepare", description=_prepare.__doc__)
     parser.add_argument(
         "--config", action="config", help="YAML file of the settings below, e.g. configs/data/stdlib.yaml"
@@ -82,7 +85,13 @@ def _prepare(arguments: list[str]) -> int:
     parser.add_class_arguments(PrepareConfig)
     given = parser.parse_args(arguments).as_dict()
     given.pop("config")
-    prepare(PrepareConfig(**given), progress=True)
+    config = PrepareConfig(**given)
+    known = (Path(config.output) / "manifest.json").is_file()
+    manifest = prepare(config, progress=True)
+    entries = ((name, manifest.side(name)) for name in ("train", "validation"))
+    sides = (f"{entry.documents} {name} documents with {entry.tokens} tokens" for name, entry in entries)
+    note = " (prepared before with these settings: the source was not read again; delete the folder to renew it)"
+    print(f"{config.output}: {', '.join(sides)}{note if known else ''}")
     return 0
 
 

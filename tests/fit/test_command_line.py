@@ -81,7 +81,8 @@ def test_a_misspelt_key_is_named(world, tmp_path, capsys, key):
         ("--trainer.callbacks=[]", "trainer.callbacks: got none of ours, expected FairnessBudget"),
         ("--model.inner.lr=0", "stage B2: mode meta with inner.lr 0 updates nothing; use mode static"),
         ("--model.validation.subset=3", "expected a subset that divides blocks"),
-        ("--model.validation.blocks=4000", "there are"),
+        ("--model.validation.blocks=4000", "model.validation.blocks: "),
+        ("--model.budget.gpu_hours=1", "expected exactly one of tokens and gpu_hours; set the other to null"),
         ("--model.size.long=64", "expected per_document with context 64"),
         ("--model.size.chunk=5", "stage B2: context 16 is not a multiple of size.chunk 5"),
         ("--model.budget.tokens=1000", "1000 tokens are not whole optimiser steps of 128 tokens; use 896 or 1024"),
@@ -127,3 +128,34 @@ def test_a_model_goes_out_and_comes_back_through_the_commands(world, tmp_path, c
     again = load_file(second / "model.safetensors")
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_validate_asks_only_for_what_its_stage_needs(world, tmp_path, capsys):
+    """A dense import can be measured in stage B1 although B2 and C would need TTT layers."""
+    given = tiny.arguments(world, tmp_path, "--run.stage=B1", "--model.ttt=null")
+    assert cli.main(["validate", *given]) == 0
+    assert "inner loop on" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_tokenizer_is_not_trained_on_just_any_data(world, tmp_path, one_line):
+    tiny.make_checkpoint(tmp_path / "bare", tokenizer=None)
+    message = one_line("fit", *tiny.arguments(world, tmp_path, f"--model.start.init_from={tmp_path}/bare"))
+    assert "the checkpoint has no tokenizer" in message
+
+
+@pytest.mark.parametrize(
+    "command, words", [("prepare", "Documents one after another"), ("fit", "Step size of the inner SGD")]
+)
+def test_help_explains_the_settings(capsys, command, words):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert words.lower() in text.lower()
+    assert "--optimizer" not in text
+
+
+def test_prepare_says_what_it_made_and_that_it_was_there(world, tmp_path, capsys):
+    given = [f"--source={world}/corpus", f"--tokenizer={world}/tokenizer", f"--output={tmp_path}/out", "--context=16"]
+    for note in ("validation documents with", "the source was not read again"):
+        assert cli.main(["prepare", *given, "--layout=packed", "--validation_fraction=0.2"]) == 0
+        assert note in capsys.readouterr().out

@@ -339,6 +339,7 @@ def test_a_checkpoint_with_other_ttt_layers_than_asked_for_is_refused(bridge, wo
 def test_a_first_start_that_fails_leaves_the_run_id_free(world, tmp_path):
     with pytest.raises(FileNotFoundError):
         fit(tiny.arguments(world, tmp_path, "--model.start.init_from=nowhere", steps=10))
+    assert not (tmp_path / "tiny" / "default").exists()
     assert fit(tiny.arguments(world, tmp_path, "--model.validation.every_share=0", steps=10)) == 0
 
 

@@ -52,7 +52,7 @@ def tiny_spec(num_layers: int = 4) -> ModelSpec:
     )
 
 
-def make_checkpoint(path: Path, *, tokenizer: Path, seed: int = 1) -> None:
+def make_checkpoint(path: Path, *, tokenizer: Path | None, seed: int = 1) -> None:
     spec = tiny_spec()
     decoder = Decoder(spec)
     decoder.initialise(0.1, torch.Generator().manual_seed(seed))

@@ -124,7 +124,9 @@ def _exactly_one(owner: str, **fields: float | None) -> None:
     given = {name: value for name, value in fields.items() if value is not None}
     names = " and ".join(fields)
     if len(given) != 1:
-        raise ValueError(f"{owner}: got {' and '.join(given) or 'neither'}, expected exactly one of {names}")
+        raise ValueError(
+            f"{owner}: got {' and '.join(given) or 'neither'}, expected exactly one of {names}; set the other to null"
+        )
     ((name, value),) = given.items()
     # A comparison written so that NaN fails it, and infinity too.
     if not 0 < value < float("inf"):

@@ -70,6 +70,11 @@ def check_stages(
 
 def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], size: SizeConfig) -> None:
     """The shards are the model's, and long ones hold blocks that cross no document."""
+    if start.origin.tokenizer_hash is None:
+        raise ValueError(
+            "model.start.init_from: the checkpoint has no tokenizer, so nothing tells whether the data are its own; import it from a "
+            "folder that holds its tokenizer"
+        )
     data.check_model(start.spec.vocab_size, start.origin.tokenizer_hash)
     long = data.manifest("long")
     if long.layout != "per_document" or long.context != size.long:

@@ -95,16 +95,25 @@ class TTTModule(L.LightningModule):
         check_strategy(self.trainer)
         if stage == "fit":
             check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
-        check_stages(self.plans, self.start, self.start_config, self.inner, self.size)
+        used = self.plans if stage == "fit" else (self.plans[self.validate_stage],)
+        check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
-        for blocks in (self.validation.blocks, self.validation.subset):
-            self.datamodule.open(self.validation_request(blocks), world_size=self.trainer.world_size)
+        self._check_validation()
         self.ledger = Ledger(devices=self.trainer.world_size)
         if self._ledger_state is not None:
             self.ledger.load_state_dict(self._ledger_state)
         self.window = StepWindow()
         self.evaluation = Evaluation(self.size.long, has_inner_loop=self.has_inner_loop)
         self._tables = {name: self.datamodule.token_bytes(name) for name in self._datasets()}
+
+    def _check_validation(self) -> None:
+        """Both requests must be served, or a run would find out at its first stage end."""
+        for name in ("blocks", "subset"):
+            try:
+                request = self.validation_request(getattr(self.validation, name))
+                self.datamodule.open(request, world_size=self.trainer.world_size)
+            except ValueError as error:
+                raise ValueError(f"model.validation.{name}: {error}") from error
 
     def configure_model(self) -> None:
         if self._model is not None:

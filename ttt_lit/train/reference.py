@@ -93,6 +93,8 @@ def read_case(path: str | Path) -> Case:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
     try:
+        if "config" not in metadata:
+            raise ValueError("its metadata holds no config")
         config = json.loads(metadata["config"])
         case = Case(path.stem, config, spec_from_case(config), tensors)
         _check_complete(case)

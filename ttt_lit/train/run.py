@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -135,7 +136,9 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
     # Streams have no state to save: the ledger knows the position, and a test holds resume to the bit.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
             TTTModule,
@@ -144,6 +147,7 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
             args=arguments,
             save_config_callback=None,
             seed_everything_default=0,
+            auto_configure_optimizers=False,
             parser_kwargs={"default_config_files": [str(BASE)], "prog": f"cli.py {command}"},
         )
     except MisconfigurationException as error:
@@ -175,8 +179,24 @@ def fit(arguments: list[str]) -> int:
     try:
         parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
     except SystemExit:  # what Lightning makes of Ctrl-C
+        last = resume_file(folder)
+        _print(f"{folder}: the same command continues from {last.name if last else 'the beginning'}")
         raise KeyboardInterrupt from None
+    except (ValueError, OSError):
+        _discard_unused(folder)
+        raise
     return 0
+
+
+@rank_zero_only
+def _discard_unused(folder: Path) -> None:
+    """Remove what a refused start left behind: Lightning opens its logger before anything is checked."""
+    if (folder / "record.json").exists() or not folder.is_dir():
+        return
+    for path in (folder / "config.yaml", folder / "hparams.yaml", *folder.glob("events.out.tfevents.*")):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def validate(arguments: list[str]) -> int:
