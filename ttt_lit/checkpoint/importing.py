@@ -57,8 +57,7 @@ def import_checkpoint(
         console: where the audit is printed; standard output by default.
 
     Raises:
-        FileNotFoundError: no such source.
-        ValueError: anything that makes the import untrue, in one line.
+        FileNotFoundError, ValueError: no such source; anything that makes the import untrue. One line.
     """
     console = console or Console()
     exceptions = parse_allow(allow)
