@@ -10,7 +10,7 @@ from qwen2_folders import CONFIG, qwen2_tensors, write_folder
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ttt_lit.checkpoint.export import export_checkpoint, export_hf
+from ttt_lit.checkpoint.export import export_checkpoint
 from ttt_lit.checkpoint.importing import import_checkpoint
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt
 from ttt_lit.checkpoint.store import load_checkpoint, save_checkpoint
@@ -146,21 +146,24 @@ def test_a_damaged_checkpoint_is_not_exported(hf_folder, tmp_path, quiet):
 
 
 def test_a_model_of_ours_becomes_somebody_elses_checkpoint(tmp_path, quiet):
-    """The demo's road: state in memory -> Hugging Face folder -> import."""
+    """The demo's road: a checkpoint trained here -> Hugging Face folder -> import."""
     spec = dataclasses.replace(spec_from_config(CONFIG), layers=(LayerSpec(rope_base=500.0),) * 2)
     generator = torch.Generator().manual_seed(0)
     state = {n: torch.randn(s, generator=generator) for n, s in spec.parameter_shapes().items()}
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok/tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    export_hf(spec, state, "qwen2", tmp_path / "hf", tokenizer=tmp_path / "tok")
+    receipt = Receipt.all_new(spec.parameter_shapes(), dtype="F32", note="a test")
+    made = {"spec": spec, "state": state, "receipt": receipt, "lineage": (), "tokenizer": tmp_path / "tok"}
+    save_checkpoint(tmp_path / "trained", family="qwen2", **made)
+    export_checkpoint(str(tmp_path / "trained"), str(tmp_path / "hf"))
     checkpoint = import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "ours"), parity=False, console=quiet)
     assert checkpoint.spec == spec
     same_tensors(checkpoint.state(), state)
     assert checkpoint.tokenizer_hash is not None
-    with pytest.raises(ValueError, match="missing: norm.weight"):
-        export_hf(spec, {n: t for n, t in state.items() if n != "norm.weight"}, "qwen2", tmp_path / "no")
+    save_checkpoint(tmp_path / "reference", family="ttt_e2e", **made)
     with pytest.raises(ValueError, match="no Hugging Face form"):
-        export_hf(spec, state, "ttt_e2e", tmp_path / "no")
+        export_checkpoint(str(tmp_path / "reference"), str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists()
 
 
 def test_scratch_models_have_a_receipt_too():

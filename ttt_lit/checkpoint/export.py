@@ -16,11 +16,10 @@ import torch
 
 from ttt_lit.checkpoint.audit import TIED_COPY
 from ttt_lit.checkpoint.folders import new_folder
-from ttt_lit.checkpoint.store import check_state, load_checkpoint
+from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.checkpoint.tensor_files import (
     SHARD_BYTES,
     TensorEntry,
-    entry_of,
     read_tensor,
     write_tensors,
     write_text,
@@ -65,44 +64,6 @@ def export_checkpoint(checkpoint: str, output: str, *, shard_bytes: int = SHARD_
         tokenizer=opened.tokenizer,
         generation_config=generation.read_text(encoding="utf-8") if generation.is_file() else None,
         copies=copies,
-        shard_bytes=shard_bytes,
-    )
-
-
-def export_hf(
-    spec: ModelSpec,
-    state: Mapping[str, torch.Tensor],
-    family: str,
-    output: str | Path,
-    *,
-    tokenizer: Path | None = None,
-    source_config: Mapping[str, Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Path:
-    """Write tensors in memory as a Hugging Face folder.
-
-    Args:
-        spec: the network.
-        state: exactly its parameters, by our names.
-        family: name in ``ttt_lit.families.FAMILIES``.
-        output: folder to make; must not exist.
-        tokenizer: folder whose tokenizer files are copied.
-        source_config: config.json to start from; None: only what the spec says.
-        shard_bytes: weights above this size are split.
-
-    Raises:
-        ValueError: the state does not fit the spec, or the family's class cannot express it; the message names what.
-    """
-    check_state({name: tuple(tensor.shape) for name, tensor in state.items()}, spec, where="export")
-    return _write(
-        output,
-        spec=spec,
-        entries={name: entry_of(tensor) for name, tensor in state.items()},
-        family=family,
-        source_config=source_config,
-        tokenizer=tokenizer,
-        generation_config=None,
-        copies={},
         shard_bytes=shard_bytes,
     )
 
