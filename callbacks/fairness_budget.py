@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from ttt_lit.train.compile_clock import CompileClock
 from ttt_lit.train.module import TTTModule
 
 
@@ -15,8 +16,19 @@ class FairnessBudget(L.Callback):
 
     The data stream ends a stage: after exactly its micro-batches for a token budget; for a GPU-hour budget at an optimiser step, the
     one during which its time ran out or the next, because the stream is read one micro-batch ahead. Compute includes waiting for
-    data; validation and checkpoints have accounts of their own.
+    data; validation, checkpoints and compilation have accounts of their own.
     """
+
+    def __init__(self) -> None:
+        self._compile_clock: CompileClock | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        self._compile_clock = CompileClock(module.ledger)
+
+    def teardown(self, trainer: L.Trainer, module: TTTModule, stage: str) -> None:  # type: ignore[override]
+        if self._compile_clock is not None:
+            self._compile_clock.detach()
+            self._compile_clock = None
 
     def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         if module.entered >= 0 and trainer.current_epoch == module.entered:  # resumed in the middle of a stage

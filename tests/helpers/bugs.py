@@ -5,80 +5,94 @@ None of them is silly: each leaves shapes, dtypes and most losses plausible.
 
 import torch
 
-import ttt_lit.ops.attention as attention
-import ttt_lit.ttt.inner as inner
-import ttt_lit.ttt.scan as scan
-from ttt_lit.model.attention import KeyValues
+import ttt_lit.ops.tiled_attention as tiled
+import ttt_lit.ttt.dual as dual
+import ttt_lit.ttt.engine as engine
+import ttt_lit.ttt.reading as reading
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.mlp import MLPWeights
-
-
-def _detach(weights_by_layer):
-    return {i: MLPWeights(*(w.detach() for w in weights)) for i, weights in weights_by_layer.items()}
+from ttt_lit.ttt.reading import Reading
 
 
 def first_order(patch):
     """The inner gradient is a constant to the outer one."""
-    step = scan.sgd_step
-    patch.setattr(scan, "sgd_step", lambda fast, gradients, **k: step(fast, _detach(gradients), **k))
+    patch.setattr(engine, "step_adjoint", lambda *_: None)
 
 
 def clip_without_derivative(patch):
     """The clip's factor is a constant to the outer gradient."""
-    factor = inner.clip_factor
-    patch.setattr(inner, "clip_factor", lambda squared, clip: factor(squared, clip).detach())
+    adjoint = engine.step_adjoint
+    patch.setattr(
+        engine,
+        "step_adjoint",
+        lambda a, w, v, step: adjoint(a, w, v, step._replace(clipped=torch.zeros_like(step.clipped))),
+    )
 
 
 def clip_of_the_batch(patch):
     """One norm over all sequences of the batch."""
-    factor = inner.clip_factor
-    patch.setattr(inner, "clip_factor", lambda s, clip: factor(s.sum().expand_as(s), clip))
+    step = reading.sgd_step
+
+    def together(fast, factors, *, lr, clip):
+        _, free = step(fast, factors, lr=1.0, clip=0.0)
+        norm = torch.linalg.vector_norm(free.length)
+        rate = lr * (clip / norm if norm > clip else torch.ones_like(norm))
+        return step(fast, factors, lr=float(rate), clip=0.0)
+
+    patch.setattr(reading, "sgd_step", together)
 
 
 def window_off_by_one(patch):
     """Each query sees one token more than its window."""
-    visible = attention.visible
-    patch.setattr(attention, "visible", lambda q, k, window, d=None: visible(q, k, window and window + 1, d))
+    tiles = tiled._tiles
+    patch.setattr(tiled, "_tiles", lambda q, k, window: tiles(q, k, window and window + 1))
+    past = Reading._past
+
+    def wider(self, index, chunk):
+        kinds = self._kinds
+        self._kinds = {i: kind._replace(window=kind.window and kind.window + 1) for i, kind in kinds.items()}
+        found = past(self, index, chunk)
+        self._kinds = kinds
+        return found
+
+    patch.setattr(Reading, "_past", wider)
 
 
 def updated_before_scored(patch):
     """A chunk is scored with weights that have learnt from it: the loss sees its own targets."""
-    step = scan.inner_step
+    step, adjoint = Reading.inner_step, Reading.chunk_adjoint
 
-    def leak(decoder, x, targets, rope, past, fast, mode, lr, clip):
-        _, _, new, norm = step(decoder, x, targets, rope, past, fast, mode, lr, clip)
-        nll, carried = scan.chunk_loss(decoder, x, targets, rope, past, new, torch.is_grad_enabled())
-        return nll, carried, new, norm
+    def leak(self, chunk, x, slow, fast, *, keep):
+        _, new, *rest = step(self, chunk, x, slow, fast, keep=keep)
+        return self.score(chunk, x, slow, new, keep=False), new, *rest
 
-    patch.setattr(scan, "inner_step", leak)
+    def of_leak(self, chunk, x, slow, fast, *rest):
+        new = fast if chunk.is_last else step(self, chunk, x, slow, fast, keep=False)[1]
+        return adjoint(self, chunk, x, slow, new, *rest)
+
+    patch.setattr(Reading, "inner_step", leak)
+    patch.setattr(Reading, "chunk_adjoint", of_leak)
 
 
 def carried_keys_detached(patch):
     """Keys and values are constants to later chunks also for the outer gradient."""
-    chunk_loss = scan.chunk_loss
-
-    def cut(*args):
-        nll, carried = chunk_loss(*args)
-        return nll, {i: KeyValues(kv.keys.detach(), kv.values.detach()) for i, kv in carried.items()}
-
-    patch.setattr(scan, "chunk_loss", cut)
+    patch.setattr(Reading, "_asked_by_later_chunks", lambda *_: [])
 
 
 def past_forgotten(patch):
     """The past is forgotten at every chunk."""
-    chunk_loss = scan.chunk_loss
-    patch.setattr(scan, "chunk_loss", lambda d, x, t, rope, past, *rest: chunk_loss(d, x, t, rope, {}, *rest))
+    patch.setattr(Reading, "_past", lambda *_: None)
 
 
 def down_projection_stands_still(patch):
     """Two of the three matrices learn."""
-    step = scan.sgd_step
+    step = reading.sgd_step
 
-    def partial(fast, gradients, **settings):
-        new, norm = step(fast, gradients, **settings)
-        return {i: MLPWeights(w.gate, w.up, fast[i].down) for i, w in new.items()}, norm
+    def partial(fast, factors, **settings):
+        new, taken = step(fast, factors, **settings)
+        return {i: MLPWeights(w.gate, w.up, fast[i].down) for i, w in new.items()}, taken
 
-    patch.setattr(scan, "sgd_step", partial)
+    patch.setattr(reading, "sgd_step", partial)
 
 
 def positions_restart_with_every_chunk(patch):
@@ -92,6 +106,45 @@ def positions_restart_with_every_chunk(patch):
     patch.setattr(Decoder, "rope", restart)
 
 
+def slope_of_the_gate_forgotten(patch):
+    """The tangent of the gate passes its activation unchanged."""
+    both = dual._activation_and_slope
+
+    def flat(x, activation):
+        value, slope = both(x, activation)
+        return value, torch.ones_like(slope)
+
+    patch.setattr(dual, "_activation_and_slope", flat)
+
+
+def tangent_of_the_softmax_uncentred(patch):
+    """The tangent of attention weights is not made to sum to zero."""
+    jvp = tiled.jvp
+
+    def uncentred(q, k, v, o, *rest):
+        to, mu = jvp(q, k, v, o, *rest)
+        return to + mu[..., None].to(o.dtype) * o, torch.zeros_like(mu)
+
+    patch.setattr(tiled, "jvp", uncentred)
+
+
+def adjoint_reads_the_weights_of_the_next_chunk(patch):
+    """The adjoint rebuilds a chunk with fast weights that have already learnt from it."""
+    kept = engine._Kept.__init__
+
+    def shifted(self, reading_, *rest):
+        kept(self, reading_, *rest)
+        load, after = self.store.load, []
+
+        def late(chunk):
+            after.append(load(chunk))
+            return after[max(0, len(after) - 2)]
+
+        self.store.load = late
+
+    patch.setattr(engine._Kept, "__init__", shifted)
+
+
 BUGS = [
     first_order,
     clip_without_derivative,
@@ -102,4 +155,7 @@ BUGS = [
     past_forgotten,
     down_projection_stands_still,
     positions_restart_with_every_chunk,
+    slope_of_the_gate_forgotten,
+    tangent_of_the_softmax_uncentred,
+    adjoint_reads_the_weights_of_the_next_chunk,
 ]

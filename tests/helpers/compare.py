@@ -1,9 +1,12 @@
 """Comparisons of tensors and of whole gradients, and the naive twin's gradients for any batch."""
 
+import math
+
 import torch
 
 from ttt_lit.ttt.naive import sequence_nll_naive
 from ttt_lit.ttt.scan import sequence_loss
+from ttt_lit.ttt.settings import KEEP_ALL, EngineConfig
 
 # float64 against float64: what remains is the order of sums, amplified by the softmax and the inner steps.
 RELATIVE = 1e-8
@@ -26,8 +29,19 @@ def gradients_of(decoder):
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in decoder.named_parameters()}
 
 
-def scan(decoder, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0, recompute=False):
-    return sequence_loss(decoder, tokens, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, recompute=recompute)
+# Every way to trade memory for computation. The residual budget of "some" is about half of what a tiny model's chunks ask for.
+ENGINES = {
+    "recompute": EngineConfig(),
+    "keep all": KEEP_ALL,
+    "keep some": EngineConfig(recompute_blocks=False, residual_gib=8e-6),
+    "factors": EngineConfig(fast_weights="factors"),
+    "two levels": EngineConfig(fast_weights="two_level", residual_gib=math.inf),
+    "offload": EngineConfig(fast_weights="offload"),
+}
+
+
+def scan(decoder, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0, engine=KEEP_ALL):
+    return sequence_loss(decoder, tokens, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, engine=engine)
 
 
 def naive_losses_and_gradients(spec, state, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0):
@@ -41,10 +55,10 @@ def naive_losses_and_gradients(spec, state, tokens, *, mode="meta", chunk=4, inn
     return losses.detach(), dict(zip(weights, gradients, strict=True))
 
 
-def assert_equals_naive(decoder, tokens, *, recompute=False, **inner):
+def assert_equals_naive(decoder, tokens, *, engine=KEEP_ALL, **inner):
     """Losses and every parameter's gradient of the fast scan against the naive twin."""
     decoder.zero_grad()
-    out = scan(decoder, tokens, recompute=recompute, **inner)
+    out = scan(decoder, tokens, engine=engine, **inner)
     out.loss.backward()
     state = {name: p.detach() for name, p in decoder.named_parameters()}
     losses, gradients = naive_losses_and_gradients(decoder.spec, state, tokens, **inner)

@@ -1,4 +1,4 @@
-"""The network is what its spec says, is causal, and reads in pieces as it reads in one go."""
+"""The network is what its spec says, and is causal."""
 
 import dataclasses
 
@@ -26,43 +26,6 @@ def test_parameters_are_those_of_the_spec_in_its_order(spec):
     assert list(shapes.items()) == list(spec.parameter_shapes().items())
     assert list(decoder.state_dict()) == list(shapes)
     assert sum(p.numel() for p in decoder.parameters()) == spec.num_parameters()
-
-
-def read_in_pieces(decoder, tokens, sizes):
-    """Logits from pieces of the text, layer by layer, each layer carrying its keys and values to the next piece."""
-    x = decoder.embed(tokens)
-    tables = decoder.rope(tokens.shape[1], x)
-    past = [None] * decoder.spec.num_layers
-    outputs, low = [], 0
-    for size in sizes:
-        span = slice(low, low + size)
-        y = x[:, span]
-        for i, layer in enumerate(decoder.spec.layers):
-            y, past[i] = decoder.layers[i].read(y, tables[i][0][span], tables[i][1][span], past[i], layer=layer)
-            assert past[i].keys.shape[2] <= (low + size if layer.window is None else layer.window - 1)
-        outputs.append(y)
-        low += size
-    return decoder.norm(torch.cat(outputs, dim=1)) @ decoder.head_weight.T
-
-
-@settings(max_examples=50)
-@given(specs(), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 10**6))
-def test_pieces_with_carried_keys_equal_the_whole(spec, sizes, seed):
-    """Windows below a piece, above the text, odd, and of one token (specs draws them all); pieces of any lengths."""
-    decoder, tokens = random_decoder(spec, seed=seed), random_tokens(2, sum(sizes), seed=seed)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            read_in_pieces(decoder, tokens, sizes), decoder(tokens), rtol=ROUNDING, atol=ROUNDING
-        )
-
-
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 11, 12, 13, 99, None])
-@pytest.mark.parametrize("piece", [1, 4, 6])
-def test_pieces_equal_the_whole_at_every_edge_of_the_window(window, piece):
-    decoder, tokens = random_decoder(tiny_spec(*2 * [LayerSpec(window=window)])), random_tokens(1, 12)
-    with torch.no_grad():
-        got = read_in_pieces(decoder, tokens, [piece] * (12 // piece))
-        torch.testing.assert_close(got, decoder(tokens), rtol=ROUNDING, atol=ROUNDING)
 
 
 @settings(max_examples=40)

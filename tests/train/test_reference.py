@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import bugs
-from helpers.compare import assert_equals_naive
+from helpers.compare import ENGINES, assert_equals_naive
 from helpers.golden import write_golden
 from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
 from safetensors import safe_open
@@ -56,9 +56,10 @@ def test_a_golden_file_passes_and_says_so_in_one_line(path, capsys):
     assert line.endswith(" ok")
 
 
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("path", META, ids=lambda path: path.stem)
-def test_keeping_the_graphs_passes_too(path):
-    assert check_case(read_case(path), torch.float64, recompute=False).passed
+def test_every_engine_passes(path, name):
+    assert check_case(read_case(path), torch.float64, engine=ENGINES[name]).passed
 
 
 @pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.__name__)
@@ -66,15 +67,15 @@ def test_broken_code_fails_both_checks(bug, monkeypatch):
     """The golden files and the naive twin are two witnesses; a mistake must not get past either of them."""
     bug(monkeypatch)
     assert not check_case(read_case(META[2]), torch.float64).passed
-    decoder = random_decoder(tiny_spec(LayerSpec(window=3), ttt_layer(window=3)))
+    decoder = random_decoder(tiny_spec(LayerSpec(window=3), ttt_layer(window=3), ttt_layer(window=3)))
     with pytest.raises(AssertionError):
-        assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, clip=0.05, recompute=True)
+        assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, clip=0.05)
 
 
 def test_the_comparison_of_the_broken_code_passes_when_it_is_whole():
     assert META[2].stem == "meta_paper"
-    decoder = random_decoder(tiny_spec(LayerSpec(window=3), ttt_layer(window=3)))
-    assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, clip=0.05, recompute=True)
+    decoder = random_decoder(tiny_spec(LayerSpec(window=3), ttt_layer(window=3), ttt_layer(window=3)))
+    assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, clip=0.05)
 
 
 def test_a_failure_is_the_exit_status_and_the_line_names_the_worst_tensor(monkeypatch, capsys):

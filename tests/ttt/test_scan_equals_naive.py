@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers.compare import assert_equals_naive, scan
+from helpers.compare import ENGINES, assert_equals_naive, scan
 from helpers.tiny import random_decoder, random_tokens, specs, tiny_spec, ttt_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,17 +22,23 @@ CLIPS = st.sampled_from([1e-3, 0.3, 100.0, 0.0])
     st.sampled_from([(1, 4), (2, 4), (3, 4), (4, 3), (2, 1), (6, 2)]),
     st.integers(1, 2),
     CLIPS,
-    st.booleans(),
+    st.sampled_from(sorted(ENGINES)),
     st.integers(0, 10**6),
 )
-def test_any_network_in_any_mode(spec, mode, shape, batch, clip, recompute, seed):
+def test_any_network_in_any_mode(spec, mode, shape, batch, clip, engine, seed):
     chunks, chunk = shape
     decoder = random_decoder(spec, seed=seed)
     tokens = random_tokens(batch, chunks * chunk + 1, seed=seed)
-    assert_equals_naive(decoder, tokens, mode=mode, chunk=chunk, inner_lr=0.3, clip=clip, recompute=recompute)
+    assert_equals_naive(decoder, tokens, mode=mode, chunk=chunk, inner_lr=0.3, clip=clip, engine=ENGINES[engine])
 
 
 LAYERS = {
+    "local and global layers, TTT on the global ones": (
+        LayerSpec(window=3, rope_base=10.0),
+        ttt_layer(rope_base=1000.0),
+        LayerSpec(window=3, rope_base=10.0),
+        ttt_layer(rope_base=1000.0),
+    ),
     "window narrower than the chunk": (LayerSpec(window=3), ttt_layer(window=3)),
     "odd windows": (LayerSpec(window=5), ttt_layer(window=7)),
     "window of one": (LayerSpec(window=1), ttt_layer(window=1)),
@@ -54,10 +60,10 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_each_shape_of_layers_with_exact_gradients(layers, recompute):
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_each_shape_of_layers_with_exact_gradients_in_every_engine(layers, engine):
     decoder = random_decoder(tiny_spec(*layers))
-    assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, recompute=recompute)
+    assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, engine=engine)
 
 
 SWITCHES = {
@@ -77,8 +83,10 @@ SWITCHES = {
 
 @pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
 def test_each_switch_of_the_network_with_exact_gradients(changes):
-    decoder = random_decoder(tiny_spec(**changes))
-    assert_equals_naive(decoder, random_tokens(2, 9), chunk=4, recompute=True)
+    """Two TTT layers: attention of the upper one is crossed by the inner gradient."""
+    decoder = random_decoder(tiny_spec(LayerSpec(), ttt_layer(window=5), ttt_layer(window=6), **changes))
+    for engine in (ENGINES["recompute"], ENGINES["keep all"]):
+        assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, engine=engine)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3, 1e3])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.compare import RELATIVE, assert_same_tensors, gradients_of, scan
+from helpers.compare import ENGINES, RELATIVE, assert_same_tensors, gradients_of, scan
 from helpers.tiny import VOCAB, random_decoder, random_state, random_tokens, specs, tiny_spec, ttt_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,10 +24,10 @@ def read(decoder, tokens, **arguments):
 
 
 @settings(max_examples=25)
-@given(specs(), st.sampled_from(["meta", "first_order"]), st.booleans(), st.integers(0, 10**6))
-def test_inner_rate_zero_is_static_in_losses_and_gradients(spec, mode, recompute, seed):
+@given(specs(), st.sampled_from(["meta", "first_order"]), st.sampled_from(sorted(ENGINES)), st.integers(0, 10**6))
+def test_inner_rate_zero_is_static_in_losses_and_gradients(spec, mode, engine, seed):
     decoder, tokens = random_decoder(spec, seed=seed), random_tokens(2, 13, seed=seed)
-    losses, gradients = read(decoder, tokens, mode=mode, inner_lr=0.0, recompute=recompute)
+    losses, gradients = read(decoder, tokens, mode=mode, inner_lr=0.0, engine=ENGINES[engine])
     static, static_gradients = read(decoder, tokens, mode="static")
     torch.testing.assert_close(losses, static, rtol=RELATIVE, atol=RELATIVE)
     assert_same_tensors(gradients, static_gradients)
@@ -77,7 +77,7 @@ def test_each_chunk_is_scored_before_its_own_update():
 
 
 def test_meta_gradient_is_not_the_first_order_gradient():
-    """The canary: a detached update would leave every loss as it is and change every gradient."""
+    """A detached update would leave every loss as it is and change every gradient."""
     decoder, tokens = random_decoder(tiny_spec()), random_tokens(2, 13)
     losses, exact = read(decoder, tokens, mode="meta")
     same_losses, first_order = read(decoder, tokens, mode="first_order")
@@ -130,17 +130,16 @@ def test_evaluation_works_under_inference_of_frozen_weights(mode):
         torch.testing.assert_close(scan(decoder, tokens, mode=mode).token_nll, expected, rtol=0, atol=ROUNDING)
 
 
-def test_recomputing_changes_nothing():
-    """Up to rounding: where no graph is kept, the forward may use a fused attention kernel."""
-    decoder, tokens = (
-        random_decoder(tiny_spec(LayerSpec(window=3), LayerSpec(), ttt_layer(window=5))),
-        random_tokens(2, 13),
-    )
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_kept_and_what_is_computed_again_changes_nothing(name):
+    """Up to the rounding of sums that are taken in another order, and of fast weights that are rebuilt."""
+    layers = (LayerSpec(window=3), LayerSpec(), ttt_layer(window=5), ttt_layer(window=7))
+    decoder, tokens = random_decoder(tiny_spec(*layers)), random_tokens(2, 29)
     for mode in MODES:
-        kept_losses, kept = read(decoder, tokens, mode=mode, recompute=False)
-        losses, gradients = read(decoder, tokens, mode=mode, recompute=True)
+        kept_losses, kept = read(decoder, tokens, mode=mode)
+        losses, gradients = read(decoder, tokens, mode=mode, engine=ENGINES[name])
         torch.testing.assert_close(losses, kept_losses, rtol=1e-13, atol=1e-13)
-        assert_same_tensors(gradients, kept, relative=1e-12, noise=0)
+        assert_same_tensors(gradients, kept, relative=1e-11, noise=1e-14)
 
 
 def test_silent_prime_mlps_read_as_if_they_were_not_there():
@@ -160,15 +159,15 @@ def test_mode_none_gives_prime_mlps_no_gradient_at_all():
 
 
 @pytest.mark.parametrize("fast", ["prime", "mlp"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_zero_inner_gradient_has_a_finite_outer_gradient(fast, recompute):
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_a_zero_inner_gradient_has_a_finite_outer_gradient(fast, engine):
     """The square root in a norm has an infinite slope at zero, and 0 · ∞ is NaN."""
     spec = tiny_spec(LayerSpec(), ttt_layer(window=5, fast=fast))
     decoder, tokens = random_decoder(spec), random_tokens(2, 9)
     with torch.no_grad():
         for w in decoder.layers[1].fast_mlp(spec.layers[1]).parameters():
             w.zero_()
-    out = scan(decoder, tokens, clip=1.0, recompute=recompute)
+    out = scan(decoder, tokens, clip=1.0, engine=engine)
     assert torch.equal(out.update_norms, torch.zeros(1, 2, dtype=torch.float64))
     out.loss.backward()
     for name, gradient in gradients_of(decoder).items():
@@ -235,5 +234,5 @@ def test_losses_are_averaged_in_float64_also_for_half_precision():
 
 def test_the_module_that_the_trainer_calls_is_the_scan():
     decoder, tokens = random_decoder(tiny_spec()), random_tokens(2, 9)
-    out = TTTModel(decoder)(tokens, mode="meta", chunk=4, inner_lr=0.5, clip=1.0, recompute=True)
-    assert torch.equal(out.token_nll, scan(decoder, tokens, recompute=True).token_nll)
+    out = TTTModel(decoder)(tokens, mode="meta", chunk=4, inner_lr=0.5, clip=1.0)
+    assert torch.equal(out.token_nll, scan(decoder, tokens).token_nll)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ttt_lit.model.attention import Attention, KeyValues
-from ttt_lit.model.mlp import GatedMLP, MLPWeights
+from ttt_lit.model.attention import Attention
+from ttt_lit.model.mlp import GatedMLP
 from ttt_lit.model.norm import RMSNorm
 from ttt_lit.model.spec import LayerSpec, ModelSpec
 
@@ -34,35 +34,16 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = norm(spec.post_norms)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, layer: LayerSpec, use_prime: bool = True) -> Tensor:
-        """A whole sequence at once: x (B, T, D) → (B, T, D).
-
-        Nothing else is returned, because FSDP attaches hooks to whatever a sharded block hands out.
-        """
-        return self.read(x, cos, sin, None, layer=layer, use_prime=use_prime)[0]
-
-    def read(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        past: KeyValues | None,
-        *,
-        layer: LayerSpec,
-        use_prime: bool = True,
-        fast: MLPWeights | None = None,
-        twice: bool = False,
-    ) -> tuple[Tensor, KeyValues]:
-        """A chunk after its past: x (B, T, D) → (B, T, D) and the keys and values that the next chunk needs.
-
-        ``fast`` replaces the matrices of the MLP that ``layer.fast`` names; ``twice``: the result will be differentiated twice.
-        """
-        attended, carried = self.self_attn(self.input_layernorm(x), cos, sin, past, window=layer.window, twice=twice)
-        x = x + self.post_attention_layernorm(attended)
+        """A whole sequence at once: x (B, T, D) → (B, T, D). Nothing here learns while reading."""
+        x = self.attend(x, cos, sin, layer=layer)
         if use_prime and self.prime_mlp is not None:
-            prime = self.prime_mlp(self.pre_prime_layernorm(x), fast if layer.fast == "prime" else None)
-            x = x + self.post_prime_layernorm(prime)
-        out = self.mlp(self.pre_feedforward_layernorm(x), fast if layer.fast == "mlp" else None)
-        return x + self.post_feedforward_layernorm(out), carried
+            x = x + self.post_prime_layernorm(self.prime_mlp(self.pre_prime_layernorm(x)))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, *, layer: LayerSpec) -> Tensor:
+        """The block's first part, attention and its residual: x (B, T, D) → (B, T, D)."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, window=layer.window)
+        return x + self.post_attention_layernorm(attended)
 
     def fast_mlp(self, layer: LayerSpec) -> GatedMLP:
         """The MLP whose weights the inner loop updates."""

@@ -1,4 +1,4 @@
-"""Gated MLP, with its own weights or with weights handed in: the form in which an inner loop learns."""
+"""Gated MLP, and the form of its weights in which an inner loop learns."""
 
 from __future__ import annotations
 
@@ -18,22 +18,8 @@ class MLPWeights(NamedTuple):
     down: Tensor
 
 
-def gated_mlp(x: Tensor, weights: MLPWeights, activation: Activation) -> Tensor:
-    """down(act(gate x) · up x) for x (B, T, D) and weights shared by the batch or batched."""
-    act = F.silu if activation == "silu" else _gelu_tanh
-    return _linear(act(_linear(x, weights.gate)) * _linear(x, weights.up), weights.down)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight) if weight.ndim == 2 else x @ weight.mT
-
-
 class GatedMLP(nn.Module):
-    """The MLP's learned weights; ``forward`` uses them unless fast weights replace them."""
+    """down(act(gate x) · up x)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation) -> None:
         super().__init__()
@@ -45,5 +31,10 @@ class GatedMLP(nn.Module):
     def weights(self) -> MLPWeights:
         return MLPWeights(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
-    def forward(self, x: Tensor, fast: MLPWeights | None = None) -> Tensor:
-        return gated_mlp(x, self.weights() if fast is None else fast, self.activation)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activate(self.gate_proj(x), self.activation) * self.up_proj(x))
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The gate's non-linearity."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")

@@ -22,6 +22,7 @@ from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, set_lr
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.ttt.model import TTTModel
+from ttt_lit.ttt.settings import EngineConfig
 
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3}
 FINAL_LIMIT = 1e-3
@@ -123,18 +124,18 @@ def _check_complete(case: Case) -> None:
         state_from_reference(case.spec, case.group(prefix))  # names and shapes
 
 
-def check_case(case: Case, dtype: torch.dtype, *, recompute: bool = True) -> CaseErrors:
-    """Run one case in ``dtype`` and measure its errors against the file."""
-    model = _load(case, dtype)
+def check_case(case: Case, dtype: torch.dtype, *, engine: EngineConfig = EngineConfig()) -> CaseErrors:  # noqa: B008 (frozen)
+    """Run one case in ``dtype`` under the engine's settings and measure its errors against the file."""
+    model = _load(case, dtype, engine)
     tokens = case.tensors["tokens"].long()
-    out = _forward(model, case, tokens[0], step=0, recompute=recompute)
+    out = _forward(model, case, tokens[0], step=0)
     out.loss.backward()
     gradients = state_to_reference(case.spec, _gradients(model), _shapes(case.group("grad.")))
     by_tensor = {name: error(gradients[name], stored) for name, stored in case.group("grad.").items()}
     worst = max(by_tensor, key=lambda name: _orderable(by_tensor[name]))
     losses = final = None
     if case.config["steps"] > 1:
-        losses, final = _train(case, dtype, recompute=recompute)
+        losses, final = _train(case, dtype, engine)
     return CaseErrors(
         name=case.name,
         dtype=dtype,
@@ -173,22 +174,21 @@ def check_reference(files: list[str]) -> int:
     return int(failed)
 
 
-def _load(case: Case, dtype: torch.dtype) -> TTTModel:
+def _load(case: Case, dtype: torch.dtype, engine: EngineConfig) -> TTTModel:
     with torch.device("meta"):
         decoder = Decoder(case.spec)
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in case.group("weight.").items()}
     decoder.load_state_dict(state_from_reference(case.spec, weights), assign=True)
-    return TTTModel(decoder)
+    return TTTModel(decoder, engine)
 
 
-def _forward(model: TTTModel, case: Case, tokens: Tensor, *, step: int, recompute: bool) -> Any:
+def _forward(model: TTTModel, case: Case, tokens: Tensor, *, step: int) -> Any:
     return model(
         tokens,
         mode=case.mode,
         chunk=case.config["chunk"],
         inner_lr=inner_lr(case.config, step),
         clip=case.config["clip"],
-        recompute=recompute,
     )
 
 
@@ -208,8 +208,8 @@ def outer_lr(step: int) -> float:
     return schedule.lr(_PEAK_LR, step / _DECAY_STEPS)
 
 
-def _train(case: Case, dtype: torch.dtype, *, recompute: bool) -> tuple[float, float]:
-    model = _load(case, dtype)
+def _train(case: Case, dtype: torch.dtype, engine: EngineConfig) -> tuple[float, float]:
+    model = _load(case, dtype, engine)
     initial = {name: tensor.to(torch.float64, copy=True) for name, tensor in case.group("weight.").items()}
     # A norm that the case switches off has no parameter here; the reference stores it, gives it no gradient, and decays it.
     idle = {name: nn.Parameter(initial[name].to(dtype, copy=True)) for name in switched_off(case.spec, initial)}
@@ -218,7 +218,7 @@ def _train(case: Case, dtype: torch.dtype, *, recompute: bool) -> tuple[float, f
     losses = []
     for step, tokens in enumerate(case.tensors["tokens"].long()):
         optimizer.zero_grad()
-        out = _forward(model, case, tokens, step=step, recompute=recompute)
+        out = _forward(model, case, tokens, step=step)
         out.loss.backward()
         for p in [*model.parameters(), *idle.values()]:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

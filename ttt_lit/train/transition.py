@@ -64,7 +64,7 @@ def prove_transition(
 def _loss(model: TTTModel, tokens: Tensor, spec: ModelSpec, mode: Mode, piece: int) -> float:
     model.decoder.set_spec(spec)
     with torch.autocast(tokens.device.type, enabled=False):
-        loss: float = model(tokens, mode=mode, chunk=piece, inner_lr=0.0, clip=0.0, recompute=False).loss.item()
+        loss: float = model(tokens, mode=mode, chunk=piece, inner_lr=0.0, clip=0.0).loss.item()
     reshard(model)
     return loss
 

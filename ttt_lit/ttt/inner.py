@@ -1,4 +1,4 @@
-"""The inner step: how a gradient of one chunk's loss becomes new fast weights. Pure functions of tensors.
+"""The inner step: how one chunk's loss becomes new fast weights, and what the step's adjoint is. Functions of tensors without graphs.
 
 Equation numbers are those of "End-to-End Test-Time Training for Long Context" (arXiv 2512.23675).
 """
@@ -6,7 +6,7 @@ Equation numbers are those of "End-to-End Test-Time Training for Long Context" (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -37,22 +37,82 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
 
 
-def clip_factor(squared_norm: Tensor, clip: float) -> Tensor:
-    """clip / max(norm, clip) per sequence, (B,). Exactly 1 with zero derivative below the limit, also at a zero gradient.
+class Factors(NamedTuple):
+    """One layer's inner gradient as products of C columns: gate is d_gateᵀ z, up d_upᵀ z, down d_downᵀ h, per sequence."""
 
-    Written on the square: the square root's infinite slope at 0 would turn the outer gradient of an unclipped step into NaN.
+    z: Tensor
+    h: Tensor
+    d_gate: Tensor
+    d_up: Tensor
+    d_down: Tensor
+
+    def gradient(self, dtype: torch.dtype) -> MLPWeights:
+        """The three matrices of the gradient, summed in ``dtype`` at least."""
+        return MLPWeights(
+            wide_product(self.d_gate, self.z, dtype),
+            wide_product(self.d_up, self.z, dtype),
+            wide_product(self.d_down, self.h, dtype),
+        )
+
+
+def wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """xᵀ y per sequence, (B, C, M) and (B, C, N) → (B, M, N), with the result in ``dtype`` whatever the operands are."""
+    if x.dtype == y.dtype == dtype:
+        return x.mT @ y
+    if x.is_cuda and x.dtype == y.dtype and dtype == torch.float32:
+        return torch.bmm(x.mT, y, out_dtype=dtype)  # half-precision operands into a float32 accumulator, kept
+    return x.mT.to(dtype) @ y.to(dtype)
+
+
+class Step(NamedTuple):
+    """How far an inner step went, per sequence: W − rate · gradient."""
+
+    rate: Tensor
+    """(B,) the learning rate times the clip's factor."""
+    clipped: Tensor
+    """(B,) bool: whether the clip was active."""
+    length: Tensor
+    """(B,) ‖ΔW‖."""
+
+
+def sgd_step(fast: FastWeights, factors: dict[int, Factors], *, lr: float, clip: float) -> tuple[FastWeights, Step]:
+    """W − lr · clipped gradient for every sequence on its own (eq. 5)."""
+    gradients = {i: f.gradient(fast[i].gate.dtype) for i, f in factors.items()}
+    norms = [torch.linalg.vector_norm(g, dim=(1, 2)) for weights in gradients.values() for g in weights]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    clipped = norm > clip if clip > 0 else torch.zeros_like(norm, dtype=torch.bool)
+    rate = lr * torch.where(clipped, clip / norm, 1.0)
+    new = {i: moved(weights, gradients[i], -rate) for i, weights in fast.items()}
+    return new, Step(rate, clipped, (norm * rate).abs())
+
+
+def undo_step(fast: FastWeights, factors: dict[int, Factors], rate: Tensor) -> FastWeights:
+    """The weights before a step, from those after it."""
+    return {i: moved(weights, factors[i].gradient(weights.gate.dtype), rate) for i, weights in fast.items()}
+
+
+def moved(weights: MLPWeights, gradient: MLPWeights, rate: Tensor) -> MLPWeights:
+    """W + rate · gradient; ``gradient`` is overwritten, so that no third copy of the weights exists."""
+    rate = rate.view(-1, 1, 1)
+    return MLPWeights(*(g.mul_(rate).add_(w) for w, g in zip(weights, gradient, strict=True)))
+
+
+def step_adjoint(adjoint: FastWeights, before: FastWeights, after: FastWeights, step: Step) -> FastWeights:
+    """Cotangent of the inner gradient g, for the cotangent ``adjoint`` of W − rate(g) · g.
+
+    Where the clip is active the factor depends on g, and its derivative removes the part of the cotangent along g. The direction of g is
+    that of ``before`` − ``after``.
     """
-    limit = clip * clip
-    return torch.where(squared_norm > limit, clip * squared_norm.clamp(min=limit).rsqrt(), 1.0)
-
-
-def sgd_step(fast: FastWeights, gradients: FastWeights, *, lr: float, clip: float) -> tuple[FastWeights, Tensor]:
-    """W − lr · clipped gradient for every sequence on its own (eq. 5). Returns the new weights and each sequence's ‖ΔW‖, (B,)."""
-    squared = torch.stack([g.square().flatten(1).sum(1) for weights in gradients.values() for g in weights]).sum(0)
-    factor = clip_factor(squared, clip) if clip > 0 else torch.ones_like(squared)
-    step = (lr * factor).view(-1, 1, 1)
-    new = {
-        index: MLPWeights(*(w - step * g for w, g in zip(weights, gradients[index], strict=True)))
-        for index, weights in fast.items()
+    dot = squared = torch.zeros_like(step.rate)
+    for i, cotangents in adjoint.items():
+        for c, w, v in zip(cotangents, before[i], after[i], strict=True):
+            change = (w - v).flatten(1)
+            dot = dot + (change * c.flatten(1)).sum(1)
+            squared = squared + change.square_().sum(1)
+    active = step.clipped & (squared > 0)
+    along = torch.where(active, dot / squared.clamp(min=torch.finfo(squared.dtype).tiny), 0.0).view(-1, 1, 1)
+    rate = -step.rate.view(-1, 1, 1)
+    return {
+        i: MLPWeights(*((c - (w - v) * along) * rate for c, w, v in zip(cotangents, before[i], after[i], strict=True)))
+        for i, cotangents in adjoint.items()
     }
-    return new, (squared.detach().sqrt() * factor.detach() * abs(lr))

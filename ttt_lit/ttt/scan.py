@@ -1,4 +1,4 @@
-"""Token losses of sequences under TTT-E2E: the prefix once, then the suffix chunk by chunk with fast weights.
+"""Token losses of sequences under TTT-E2E: what learns nothing once over the whole sequence, the rest chunk by chunk.
 
 Every function works on a whole batch; fast weights carry a leading batch axis, so each sequence learns on its own. ``naive.py``
 holds the same computation in its most obvious form.
@@ -6,7 +6,6 @@ holds the same computation in its most obvious form.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ttt_lit.model.attention import KeyValues
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.model.spec import Mode
-from ttt_lit.ops.cross_entropy import token_nll, token_nll_in_pieces
-from ttt_lit.ttt.inner import FastWeights, check_mode, sgd_step
-from ttt_lit.ttt.rerun import rerun
-
-Past = dict[int, KeyValues]
-"""Layer index → carried keys and values of the suffix."""
+from ttt_lit.ops.cross_entropy import linear_nll
+from ttt_lit.ttt.engine import read_suffix
+from ttt_lit.ttt.inner import check_mode
+from ttt_lit.ttt.settings import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -43,31 +38,48 @@ class SequenceLoss:
 
 
 def sequence_loss(
-    decoder: Decoder, tokens: Tensor, *, mode: Mode, chunk: int, inner_lr: float, clip: float, recompute: bool
+    decoder: Decoder,
+    tokens: Tensor,
+    *,
+    mode: Mode,
+    chunk: int,
+    inner_lr: float,
+    clip: float,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> SequenceLoss:
     """Read tokens (B, T+1) and score each of the T next-token predictions.
 
-    ``chunk`` tokens form one inner mini-batch and must divide T in the modes that update. ``recompute`` drops each prefix block's and
-    each chunk's graph after its forward and rebuilds it in the backward: memory then grows per chunk by one copy of the fast weights
-    and the carried keys only. Without grad mode nothing is kept: updates are made and their graph is dropped.
+    ``chunk`` tokens form one inner mini-batch and must divide T in the modes that update. ``engine`` says what is kept for the backward
+    and changes no result. Without grad mode nothing is kept: updates are made and dropped.
     """
     check_mode(mode)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x = decoder.embed(inputs)
     tables = decoder.rope(inputs.shape[1], x)
-    updates = mode in ("meta", "first_order")
-    if updates:
-        check_chunks(inputs.shape[1], chunk, decoder)
-    start = decoder.spec.suffix_start if updates else decoder.spec.num_layers
-    run_block = _checkpointed if recompute and torch.is_grad_enabled() else _direct
-    for index in range(start):
-        x = run_block(_block, decoder, index, x, tables[index], mode != "none")
-    if not updates:
-        nll = token_nll_in_pieces(decoder.norm(x), decoder.head_weight, targets, piece=chunk)
+    run = _checkpointed if engine.recompute_blocks and torch.is_grad_enabled() else _direct
+    if mode in ("none", "static"):
+        for index, table in enumerate(tables):
+            x = run(_block, decoder, index, x, table, mode != "none")
+        nll = linear_nll(decoder.norm(x), decoder.head_weight, targets)
         return SequenceLoss(nll, nll.new_zeros(0, nll.shape[0]))
-    return _scan_chunks(
-        decoder, x, targets, tables, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, recompute=recompute
+    check_chunks(inputs.shape[1], chunk, decoder)
+    start = decoder.spec.suffix_start
+    for index in range(start):
+        x = run(_block, decoder, index, x, tables[index], True)
+    # The lowest TTT layer's attention sees nothing that learns, so it belongs to what is read once.
+    x = run(_attend, decoder, start, x, tables[start])
+    nll, lengths = read_suffix(
+        decoder,
+        x,
+        targets,
+        tables,
+        exact=mode == "meta",
+        chunk=chunk,
+        inner_lr=inner_lr,
+        clip=clip,
+        engine=engine,
     )
+    return SequenceLoss(nll, lengths)
 
 
 def check_chunks(length: int, chunk: int, decoder: Decoder) -> None:
@@ -82,101 +94,12 @@ def check_chunks(length: int, chunk: int, decoder: Decoder) -> None:
         )
 
 
-def _scan_chunks(
-    decoder: Decoder,
-    x: Tensor,
-    targets: Tensor,
-    tables: list[tuple[Tensor, Tensor]],
-    *,
-    mode: Mode,
-    chunk: int,
-    inner_lr: float,
-    clip: float,
-    recompute: bool,
-) -> SequenceLoss:
-    fast = initial_fast_weights(decoder, x.shape[0])
-    past: Past = {}
-    losses, norms = [], []
-    run = functools.partial(rerun, parameters=_suffix_parameters(decoder)) if recompute and x.requires_grad else _direct
-    bounds = range(0, x.shape[1], chunk)
-    for low in bounds:
-        span = slice(low, low + chunk)
-        rope = {
-            i: (tables[i][0][span], tables[i][1][span])
-            for i in range(decoder.spec.suffix_start, decoder.spec.num_layers)
-        }
-        args = (decoder, x[:, span], targets[:, span], rope, past, fast)
-        if low == bounds[-1]:  # the last update would be seen by nobody
-            nll, _ = run(chunk_loss, *args, False)
-        else:
-            nll, past, fast, norm = run(inner_step, *args, mode, inner_lr, clip)
-            norms.append(norm.detach())
-        losses.append(nll)
-    nll = torch.cat(losses, dim=1)
-    return SequenceLoss(nll, torch.stack(norms) if norms else nll.new_zeros(0, nll.shape[0]))
-
-
-def initial_fast_weights(decoder: Decoder, batch: int) -> FastWeights:
-    """W0 of every TTT layer, seen once per sequence."""
-    layers = decoder.spec.layers
-    return {
-        index: MLPWeights(*(w.expand(batch, -1, -1) for w in decoder.block(index).fast_mlp(layers[index]).weights()))
-        for index in decoder.spec.ttt_layers
-    }
-
-
-def chunk_loss(
-    decoder: Decoder,
-    x: Tensor,
-    targets: Tensor,
-    rope: dict[int, tuple[Tensor, Tensor]],
-    past: Past,
-    fast: FastWeights,
-    twice: bool,
-) -> tuple[Tensor, Past]:
-    """Token losses (B, C) of one chunk from the prefix's output x (B, C, D), and the keys and values that the next chunk carries."""
-    carried: Past = {}
-    for index, (cos, sin) in rope.items():
-        x, carried[index] = decoder.block(index).read(
-            x, cos, sin, past.get(index), layer=decoder.spec.layers[index], fast=fast.get(index), twice=twice
-        )
-    return token_nll(decoder.norm(x), decoder.head_weight, targets), carried
-
-
-def inner_step(
-    decoder: Decoder,
-    x: Tensor,
-    targets: Tensor,
-    rope: dict[int, tuple[Tensor, Tensor]],
-    past: Past,
-    fast: FastWeights,
-    mode: Mode,
-    lr: float,
-    clip: float,
-) -> tuple[Tensor, Past, FastWeights, Tensor]:
-    """Score a chunk, then take one SGD step on its mean loss. Returns (token losses, carried past, new fast weights, ‖ΔW‖ (B,)).
-
-    The inner gradient is with respect to the fast weights alone: carried keys and values are constants inside it. In mode ``meta``
-    with grad mode on, the step itself is differentiable in everything: the weights, the clip, the chunk and the carried past.
-    """
-    outer = torch.is_grad_enabled()
-    exact = outer and mode == "meta"
-    with torch.enable_grad():
-        if not outer:  # evaluation: a graph of this chunk only
-            fast = {i: MLPWeights(*(w.detach().requires_grad_() for w in weights)) for i, weights in fast.items()}
-        nll, carried = chunk_loss(decoder, x, targets, rope, past, fast, exact)
-        flat = [w for weights in fast.values() for w in weights]
-        gradients = torch.autograd.grad(nll.mean(dim=1).sum(), flat, create_graph=exact, retain_graph=outer)
-    grouped = {i: MLPWeights(*gradients[3 * n : 3 * n + 3]) for n, i in enumerate(fast)}
-    new, norm = sgd_step(fast, grouped, lr=lr, clip=clip)
-    if not outer:
-        nll = nll.detach()
-        carried = {i: KeyValues(kv.keys.detach(), kv.values.detach()) for i, kv in carried.items()}
-    return nll, carried, new, norm
-
-
 def _block(decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor], use_prime: bool) -> Tensor:
     return decoder.block(index)(x, *rope, layer=decoder.spec.layers[index], use_prime=use_prime)
+
+
+def _attend(decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    return decoder.block(index).attend(x, *rope, layer=decoder.spec.layers[index])
 
 
 def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
@@ -185,9 +108,3 @@ def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
 
 def _direct(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-def _suffix_parameters(decoder: Decoder) -> list[Tensor]:
-    """What a chunk reads by itself: the suffix, the final norm and the head."""
-    suffix = decoder.layers[decoder.spec.suffix_start :]
-    return [*suffix.parameters(), *decoder.norm.parameters(), decoder.head_weight]
