@@ -1,4 +1,8 @@
-"""Every kernel computes what ``attention_naive`` specifies, and second order never meets a fused kernel."""
+"""Whole sequences equal ``attention_naive`` on every kernel, and the table of kernels keeps fused ones away from second order."""
+
+import itertools
+import sys
+import types
 
 import pytest
 import torch
@@ -6,90 +10,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ttt_lit.ops.attention as ops
-from ttt_lit.ops.attention import _KERNELS, attention, choose_kernel
+from ttt_lit.ops.attention import attention, choose_carried_kernel, choose_kernel
 from ttt_lit.ops.attention_naive import attention_naive, visible
 
 SCALE = 0.37
-# float64; fused kernels sum in blocks.
+# float64; tiles and fused kernels sum in blocks.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-KERNELS = ["math", "sdpa"]
+# Half precision against float64: eight bits of bfloat16 in operands, weights and results, for results of size one.
+HALF_CLOSE = {"rtol": 0.02, "atol": 0.02}
 
 
-def qkv(batch, heads, kv_heads, queries, keys, head_dim, seed=0, dtype=torch.float64):
+def qkv(batch, heads, kv_heads, length, head_dim, seed=0, dtype=torch.float64, transposed=False):
+    """Leaves (B, H, T, D); ``transposed`` lays them out as a projection leaves them, (B, T, H, D)."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, heads, queries, head_dim)] + 2 * [(batch, kv_heads, keys, head_dim)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    leaves = []
+    for n in (heads, kv_heads, kv_heads):
+        shape = (batch, length, n, head_dim)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+        leaves.append((x if transposed else x.contiguous()).requires_grad_())
+    return leaves
 
 
-def result_and_gradients(call, inputs):
-    out = call(*inputs)
+def result_and_gradients(call, inputs, window):
+    out = call(*inputs, scale=SCALE, window=window)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def assert_equals_naive(kernel, inputs, window):
-    expected = result_and_gradients(lambda q, k, v: attention_naive(q, k, v, scale=SCALE, window=window), inputs)
-    twice = kernel == "math"
-    got = result_and_gradients(lambda q, k, v: attention(q, k, v, scale=SCALE, window=window, twice=twice), inputs)
-    for ours, naive in zip(got, expected, strict=True):
+def assert_equals_naive(inputs, window):
+    expected = result_and_gradients(attention_naive, inputs, window)
+    for ours, naive in zip(result_and_gradients(attention, inputs, window), expected, strict=True):
         torch.testing.assert_close(ours, naive, **CLOSE)
 
 
 @st.composite
 def problems(draw):
-    """(inputs, window): fewer queries than keys, grouped heads, windows below, at and above either."""
-    keys = draw(st.integers(1, 13))
-    queries = draw(st.integers(1, keys))
+    """(inputs, window): grouped heads, both layouts, windows below, at and above the length."""
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2), (6, 2)]))
-    window = draw(st.one_of(st.none(), st.integers(1, 15)))
-    shape = (draw(st.integers(1, 2)), heads, kv_heads, queries, keys, draw(st.sampled_from([2, 4])))
-    return qkv(*shape, seed=draw(st.integers(0, 10**6))), window
+    shape = (draw(st.integers(1, 2)), heads, kv_heads, draw(st.integers(1, 13)), draw(st.sampled_from([2, 4])))
+    inputs = qkv(*shape, seed=draw(st.integers(0, 10**6)), transposed=draw(st.booleans()))
+    return inputs, draw(st.one_of(st.none(), st.integers(1, 15)))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=80)
 @given(problem=problems())
-def test_outputs_and_gradients_equal_the_naive_twin(kernel, problem):
-    assert_equals_naive(kernel, *problem)
+def test_outputs_and_gradients_equal_the_naive_twin(problem):
+    assert_equals_naive(*problem)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("queries, keys", [(7, 7), (3, 9), (1, 6), (5, 6)])
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 6, 7, 9, 100, None])
-def test_windows_around_every_edge(kernel, queries, keys, window):
-    assert_equals_naive(kernel, qkv(2, 4, 2, queries, keys, 4), window)
+@pytest.mark.parametrize("length", [63, 64, 65, 130])
+@pytest.mark.parametrize("window", [1, 2, 62, 63, 64, 65, 66, 129, None])
+def test_windows_and_lengths_around_the_edges_of_the_real_tile(length, window):
+    assert_equals_naive(qkv(1, 2, 1, length, 2), window)
 
 
-@pytest.mark.parametrize("tile", [1, 2, 3, 7])
-@pytest.mark.parametrize("queries, keys, window", [(13, 13, 5), (13, 13, 1), (9, 13, None), (7, 13, 40), (6, 6, 6)])
-def test_tiles_of_queries_change_nothing(monkeypatch, tile, queries, keys, window):
-    inputs = qkv(1, 2, 1, queries, keys, 4)
-    monkeypatch.setattr(ops, "_TILE", tile)
-    assert_equals_naive("sdpa", inputs, window)
-
-
-@pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize("queries, keys", [(4, 4), (2, 5), (1, 3)])
-def test_math_is_right_in_double_backward(queries, keys, window):
-    inputs = qkv(1, 2, 1, queries, keys, 2)
-    assert torch.autograd.gradgradcheck(
-        lambda q, k, v: attention(q, k, v, scale=SCALE, window=window, twice=True), inputs
-    )
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_window_as_wide_as_the_text_is_dense_bit_for_bit(kernel):
-    q, k, v = qkv(2, 4, 2, 6, 9, 4)
-    dense = attention(q, k, v, scale=SCALE, window=None, twice=kernel == "math")
+def test_a_window_as_wide_as_the_text_is_dense_bit_for_bit():
+    q, k, v = qkv(2, 4, 2, 9, 4)
+    dense = attention(q, k, v, scale=SCALE, window=None)
     for window in (9, 10, 10**9):
-        assert torch.equal(attention(q, k, v, scale=SCALE, window=window, twice=kernel == "math"), dense)
+        assert torch.equal(attention(q, k, v, scale=SCALE, window=window), dense)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_window_one_sees_only_itself(kernel):
-    q, k, v = qkv(1, 2, 1, 5, 5, 4)
-    out = attention(q, k, v, scale=SCALE, window=1, twice=kernel == "math")
-    torch.testing.assert_close(out, v.expand(1, 2, 5, 4), **CLOSE)
+def test_window_one_sees_only_itself():
+    q, k, v = qkv(1, 2, 1, 5, 4)
+    torch.testing.assert_close(attention(q, k, v, scale=SCALE, window=1), v.expand(1, 2, 5, 4), **CLOSE)
 
 
 def test_visible_by_hand():
@@ -99,36 +83,104 @@ def test_visible_by_hand():
     assert visible(2, 3, None).int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
-def test_half_precision_keeps_its_dtype_and_stays_near():
-    inputs = qkv(1, 4, 2, 6, 9, 8, dtype=torch.bfloat16)
-    wide = attention_naive(*(x.double() for x in inputs), scale=SCALE, window=4)
-    for kernel in KERNELS:
-        out = attention(*inputs, scale=SCALE, window=4, twice=kernel == "math")
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out.double(), wide, rtol=0.02, atol=0.02)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_dtype_and_stays_near(dtype, window):
+    inputs = qkv(1, 4, 2, 9, 8, dtype=dtype)
+    out, *gradients = result_and_gradients(attention, inputs, window)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected, *_ = result_and_gradients(attention_naive, wide, window)
+    assert {x.dtype for x in (out, *gradients)} == {dtype}
+    torch.testing.assert_close(out.double(), expected, **HALF_CLOSE)
 
 
-DEVICES = [torch.device("cpu"), torch.device("cuda")]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+def flash_attn_by_its_documentation(q, k, v, softmax_scale, causal, window_size):
+    """(B, T, H, D); key j is seen from query i when i - left <= j <= i + right, where -1 is no limit, and j <= i."""
+    left, right = window_size
+    assert causal
+    assert right in (-1, 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    window = None if left == -1 else left + 1
+    return attention_naive(q, k, v, scale=softmax_scale, window=window).transpose(1, 2)
 
 
-@pytest.mark.parametrize("installed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_second_order_never_picks_a_fused_kernel(monkeypatch, device, dtype, installed):
-    monkeypatch.setattr(ops, "_has_flash_attn", lambda: installed)
-    for head_dim in (4, 64, 128, 256, 320):
-        assert choose_kernel(device=device, dtype=dtype, head_dim=head_dim, twice=True) == "math"
-        flash = installed and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256
-        expected = "flash" if flash else "sdpa"
-        assert choose_kernel(device=device, dtype=dtype, head_dim=head_dim, twice=False) == expected
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 50])
+def test_flash_attn_is_asked_for_the_same_layout_and_window(monkeypatch, window):
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_by_its_documentation
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(ops, "choose_kernel", lambda **_: "flash")
+    monkeypatch.setattr(ops, "kernels_that_ran", set())
+    assert_equals_naive(qkv(2, 4, 2, 7, 4), window)
+    assert ops.kernels_that_ran == {"flash"}
 
 
-def test_the_chosen_kernel_is_the_one_that_runs(monkeypatch):
-    called = []
-    for name, kernel in _KERNELS.items():
-        monkeypatch.setitem(_KERNELS, name, lambda *a, name=name, kernel=kernel: called.append(name) or kernel(*a))
-    inputs = qkv(1, 1, 1, 3, 3, 2)
-    for twice in (True, False):
-        attention(*inputs, scale=SCALE, window=2, twice=twice)
-    assert called == ["math", "sdpa"]
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALF)
+HEAD_DIMS = (4, 15, 16, 64, 96, 128, 256, 257, 320)
+WINDOWS = (None, 1, 8192)
+PACKAGES = (set(), {"triton"}, {"flash_attn"}, {"flash_attn", "triton"})
+
+
+@pytest.fixture(params=PACKAGES, ids=lambda p: "+".join(sorted(p)) or "nothing")
+def installed(request, monkeypatch):
+    monkeypatch.setattr(ops, "_installed", request.param.__contains__)
+    return request.param
+
+
+def every_choice(device, second_order):
+    """(kernel, dtype, head_dim, window) for all that can be asked."""
+    for dtype, head_dim, window in itertools.product(DTYPES, HEAD_DIMS, WINDOWS):
+        tensors = {"device": torch.device(device), "dtype": dtype, "head_dim": head_dim}
+        yield choose_kernel(**tensors, window=window, second_order=second_order), dtype, head_dim, window
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_second_order_never_picks_flash_or_sdpa(installed, device):
+    assert {kernel for kernel, *_ in every_choice(device, second_order=True)} <= {"tiled", "triton"}
+
+
+def test_second_order_is_triton_on_cuda_for_what_its_tiles_hold_and_tiled_for_the_rest(installed):
+    for kernel, dtype, head_dim, _ in every_choice("cuda", second_order=True):
+        fits = "triton" in installed and dtype != torch.float64 and 16 <= head_dim <= 256
+        assert kernel == ("triton" if fits else "tiled")
+
+
+def test_flash_is_first_order_half_precision_on_cuda_and_nothing_else(installed):
+    for kernel, dtype, head_dim, _ in every_choice("cuda", second_order=False):
+        assert (kernel == "flash") == ("flash_attn" in installed and dtype in HALF and head_dim <= 256)
+
+
+def test_without_flash_dense_layers_are_sdpa_and_windows_as_in_second_order(installed):
+    second = {choice[1:]: choice[0] for choice in every_choice("cuda", second_order=True)}
+    for kernel, *tensors in every_choice("cuda", second_order=False):
+        if kernel != "flash":
+            assert kernel == ("sdpa" if tensors[-1] is None else second[tuple(tensors)])
+
+
+def test_on_the_cpu_first_order_is_sdpa_where_dense_and_all_else_is_tiled(installed):
+    for kernel, _, _, window in every_choice("cpu", second_order=False):
+        assert kernel == ("sdpa" if window is None else "tiled")
+    assert {kernel for kernel, *_ in every_choice("cpu", second_order=True)} == {"tiled"}
+
+
+def test_the_kernel_that_ran_is_the_one_that_is_recorded(monkeypatch):
+    called, fused, own = [], torch.nn.functional.scaled_dot_product_attention, ops.attend
+    monkeypatch.setattr(ops, "kernels_that_ran", set())
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", lambda *a, **k: called.append("sdpa") or fused(*a, **k))
+    monkeypatch.setattr(ops, "attend", lambda *a, **k: called.append(k["kernel"]) or own(*a, **k))
+    inputs = qkv(1, 1, 1, 3, 2)
+    attention(*inputs, scale=SCALE, window=3)
+    assert called == ["sdpa"]
+    assert ops.kernels_that_ran == {"sdpa"}
+    attention(*inputs, scale=SCALE, window=2)
+    assert called == ["sdpa", "tiled"]
+    assert ops.kernels_that_ran == {"sdpa", "tiled"}
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_chunk_with_carried_keys_records_the_kernel_that_it_is_given(monkeypatch, window):
+    monkeypatch.setattr(ops, "kernels_that_ran", set())
+    tensors = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64}
+    assert choose_carried_kernel(**tensors, window=window) == "tiled"
+    assert ops.kernels_that_ran == {"tiled"}

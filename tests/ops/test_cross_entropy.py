@@ -1,4 +1,4 @@
-"""The loss in pieces is the loss as a whole, in value and in every gradient."""
+"""The loss in pieces is the loss as a whole, in value and in every derivative, and never holds all logits."""
 
 import math
 
@@ -8,17 +8,74 @@ from helpers.memory import LiveBytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lit.ops.cross_entropy import token_nll, token_nll_in_pieces
+from ttt_lit.ops import cross_entropy as ops
+from ttt_lit.ops.cross_entropy import linear_nll, nll_adjoint, nll_with_gradient, token_nll
+
+# float64: sums in another order.
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+# Half precision against float64, by norm: 8 or 11 bits in operands and in the differences of probabilities.
+HALF_NORM = {torch.bfloat16: 0.02, torch.float16: 0.0025}
+# float32 at a vocabulary of 2 ** 18, by norm. The log-sum-exp adds in blocks and is exact to a few roundings. A matrix product adds one by
+# one, and 2 ** 18 roundings of random sign are 2 ** 9.
+LARGE_VOCAB_LOSS = 2**-24 * 8
+LARGE_VOCAB_NORM = 2**-24 * 2**9
+GEMMA_VOCAB = 262_144
+NO_FORMULA = "no autograd formula"
+# Matrices of a piece at once: logits, up to four of the derivatives, and the logits before, which are held while the next are made.
+MAX_MATRICES = 6
 
 
-def problem(batch, length, vocab=7, width=4, seed=0, dtype=torch.float64):
+def problem(batch, length, vocab=7, width=4, seed=0, dtype=torch.float64, transposed=False):
+    """Leaves hidden and head, and targets; ``transposed`` lays hidden out as (T, B, D)."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(batch, length, width, generator=generator, dtype=dtype).requires_grad_()
-    head = torch.randn(vocab, width, generator=generator, dtype=dtype).requires_grad_()
+    hidden = torch.randn(length, batch, width, generator=generator, dtype=torch.float64).to(dtype).transpose(0, 1)
+    hidden = (hidden if transposed else hidden.contiguous()).requires_grad_()
+    head = torch.randn(vocab, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     return hidden, head, torch.randint(vocab, (batch, length), generator=generator)
 
 
-def test_it_is_minus_the_log_of_the_targets_probability():
+def weights_of(losses):
+    """Cotangents of which none is like another; not contiguous."""
+    return torch.linspace(-1, 2, losses.numel(), dtype=losses.dtype).view(losses.shape[::-1]).mT
+
+
+def losses_and_gradients(call, hidden, head, targets):
+    losses = call(hidden, head, targets)
+    return [losses.detach(), *torch.autograd.grad((losses * weights_of(losses)).sum(), [hidden, head])]
+
+
+def adjoint_by_autograd(hidden, tangent, head, targets, cotangent, seed):
+    """What ``nll_adjoint`` says it computes, from the twin."""
+    leaves = [hidden, head] if tangent is None else [hidden, tangent, head]
+    along = torch.zeros_like(hidden) if tangent is None else tangent
+    losses, tangents = torch.func.jvp(lambda h: token_nll(h, head, targets), (hidden,), (along,))
+    return torch.autograd.grad((cotangent * losses).sum() + seed * tangents.sum(), leaves)
+
+
+def assert_all_close(got, expected, **tolerance):
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, **(tolerance or CLOSE))
+
+
+def assert_close_in_norm(got, expected, limit):
+    for x, y in zip(got, expected, strict=True):
+        assert torch.linalg.vector_norm(x.double() - y.double()) < limit * torch.linalg.vector_norm(y.double())
+
+
+@pytest.fixture(params=[1, 30, 1 << 24], ids=["piece of a token", "pieces", "one piece"])
+def piece_elements(request, monkeypatch):
+    monkeypatch.setattr(ops, "_PIECE_ELEMENTS", request.param)
+
+
+@st.composite
+def problems(draw):
+    """(problem, numbers in a piece): pieces of a token, of some, and of all."""
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 11)), draw(st.integers(1, 9)), draw(st.integers(1, 5)))
+    inputs = problem(*shape, seed=draw(st.integers(0, 10**6)), transposed=draw(st.booleans()))
+    return inputs, draw(st.integers(1, 300))
+
+
+def test_the_twin_is_minus_the_log_of_the_targets_probability():
     hidden, head, targets = (t.detach() for t in problem(2, 3))
     losses = token_nll(hidden, head, targets)
     for b in range(2):
@@ -27,46 +84,230 @@ def test_it_is_minus_the_log_of_the_targets_probability():
             assert losses[b, t].item() == pytest.approx(-math.log(scores[targets[b, t]] / sum(scores)), rel=1e-12)
 
 
-@settings(max_examples=30)
-@given(st.integers(1, 3), st.integers(1, 11), st.integers(1, 13), st.integers(0, 10**6))
-def test_pieces_equal_the_whole(batch, length, piece, seed):
-    hidden, head, targets = problem(batch, length, seed=seed)
-    weights = torch.linspace(-1, 2, batch * length, dtype=torch.float64).view(batch, length)
+@settings(max_examples=60)
+@given(problem_and_piece=problems())
+def test_losses_and_gradients_equal_the_whole_in_pieces_of_any_size(problem_and_piece):
+    inputs, elements = problem_and_piece
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_PIECE_ELEMENTS", elements)
+        got = losses_and_gradients(linear_nll, *inputs)
+    assert_all_close(got, losses_and_gradients(token_nll, *inputs))
+
+
+@settings(max_examples=60)
+@given(problems(), st.sampled_from([1.0, 0.25, -2.0]), st.booleans())
+def test_one_sweep_gives_what_autograd_of_the_twin_gives(problem_and_piece, seed, with_tangent):
+    (hidden, head, targets), elements = problem_and_piece
+    tangent = (9 * hidden.detach().mT.contiguous()).cos().mT.requires_grad_() if with_tangent else None
+    losses = token_nll(hidden, head, targets)
+    cotangent = weights_of(losses)
+    (gradient,) = torch.autograd.grad(seed * losses.sum(), hidden)
+    expected = adjoint_by_autograd(hidden, tangent, head, targets, cotangent, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_PIECE_ELEMENTS", elements)
+        got = nll_with_gradient(hidden, head, targets, seed)
+        adjoint = nll_adjoint(hidden, tangent, head, targets, cotangent, seed)
+    assert_all_close(got, [losses.detach(), gradient])
+    assert with_tangent or adjoint[1] is None
+    adjoint = [x for x in adjoint if x is not None]
+    assert_all_close(adjoint, expected)
+    assert not any(x.requires_grad for x in (*got, *adjoint))
+
+
+def test_linear_nll_passes_gradcheck_and_gradgradcheck(piece_elements):
+    hidden, head, targets = problem(2, 3, vocab=5, width=2, transposed=True)
+    assert torch.autograd.gradcheck(lambda h, w: linear_nll(h, w, targets), (hidden, head))
+    assert torch.autograd.gradgradcheck(lambda h, w: linear_nll(h, w, targets), (hidden, head))
+
+
+def test_gradients_through_an_inner_gradient_equal_the_twin(piece_elements):
     results = []
-    for losses in (token_nll(hidden, head, targets), token_nll_in_pieces(hidden, head, targets, piece=piece)):
-        results.append([losses.detach(), *torch.autograd.grad((losses * weights).sum(), [hidden, head])])
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
+    for call in (linear_nll, token_nll):
+        hidden, head, targets = problem(2, 5)
+        losses = call(hidden, head, targets)
+        (inner,) = torch.autograd.grad((losses * weights_of(losses)).sum(), hidden, create_graph=True)
+        results.append(torch.autograd.grad(losses.square().sum() + inner.sin().sum(), [hidden, head]))
+    assert_all_close(*results)
 
 
-def test_pieces_of_a_head_that_learns_on_frozen_states():
-    hidden, head, targets = problem(2, 6)
-    frozen = hidden.detach()
-    gradients = [
-        torch.autograd.grad(loss.sum(), head)[0]
-        for loss in (token_nll(frozen, head, targets), token_nll_in_pieces(frozen, head, targets, piece=2))
-    ]
-    torch.testing.assert_close(*gradients)
+def test_a_third_derivative_raises():
+    hidden, head, targets = problem(1, 2)
+    (first,) = torch.autograd.grad(linear_nll(hidden, head, targets).sum(), hidden, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=NO_FORMULA):
+        torch.autograd.grad(second.square().sum(), hidden)
 
 
-def test_the_whole_is_differentiable_twice():
-    hidden, head, targets = problem(1, 2, vocab=3, width=2)
-    assert torch.autograd.gradgradcheck(lambda h, w: token_nll(h, w, targets), (hidden, head))
+@pytest.mark.parametrize("layout", ["rows", "transposed", "columns"])
+def test_operators_are_what_they_say_to_the_compiler(layout):
+    hidden, head, targets = problem(1 if layout == "columns" else 2, 3, transposed=layout == "transposed")
+    if layout == "columns":
+        hidden = hidden.detach().mT.contiguous().mT.requires_grad_()
+    _, lse = (x.detach() for x in ops._linear_nll(hidden, head, targets))
+    dnll = weights_of(lse).requires_grad_()
+    a, b = torch.randn_like(hidden), torch.randn_like(head)
+    constants = (dnll.detach(), hidden.detach(), head.detach(), targets)
+    looked_at = ["test_schema", "test_faketensor"]
+    # Tracing is slow, and the layout is nothing to it.
+    looked_at += ["test_autograd_registration", "test_aot_dispatch_dynamic"] if layout == "rows" else []
+    torch.library.opcheck(ops._linear_nll, (hidden, head, targets), test_utils=looked_at)
+    torch.library.opcheck(ops._linear_nll_backward, (dnll, hidden, head, targets, lse), test_utils=looked_at)
+    torch.library.opcheck(ops._linear_nll_second, (a, b, *constants), test_utils=looked_at)
 
 
-def test_no_logits_outlive_the_forward_of_their_piece():
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_either_operand_may_be_frozen(piece_elements, frozen):
+    results = []
+    for call in (linear_nll, token_nll):
+        operands = dict(zip(("hidden", "head", "targets"), problem(2, 6), strict=True))
+        operands[frozen] = operands[frozen].detach()
+        leaf = operands["head" if frozen == "hidden" else "hidden"]
+        losses = call(*operands.values())
+        (first,) = torch.autograd.grad((losses * weights_of(losses)).sum(), leaf, create_graph=True)
+        results.append([first.detach(), *torch.autograd.grad(first.sin().sum(), leaf)])
+    assert_all_close(*results)
+
+
+def sweeps(hidden, head, targets):
+    """Every function that goes over the pieces, by name, outside of the operators, which hide their insides from a counter."""
+    detached = (hidden.detach(), head.detach())
+    _, lse = ops._linear_nll(*detached, targets)
+    tangent, cotangent, b = torch.ones_like(hidden), torch.ones_like(lse), torch.ones_like(head)
+    operands = (*detached, targets, tangent, cotangent, b, lse)
+    return operands, {
+        "losses": lambda: ops._linear_nll._init_fn(*detached, targets),
+        "backward": lambda: ops._linear_nll_backward._init_fn(cotangent, *detached, targets, lse),
+        "second": lambda: ops._linear_nll_second._init_fn(tangent, b, cotangent, *detached, targets),
+        "with gradient": lambda: nll_with_gradient(*detached, targets, 1.0),
+        "adjoint": lambda: nll_adjoint(detached[0], tangent, detached[1], targets, cotangent, 1.0),
+    }
+
+
+def assert_peaks_are_those_of_a_piece(inputs, piece_bytes):
+    hidden, head, _ = inputs
+    # Gradients of both operands, and what each piece adds to that of the head.
+    results = 3 * (hidden.numel() + head.numel()) * 4
+    operands, calls = sweeps(*inputs)
+    for name, call in calls.items():
+        with LiveBytes(*operands) as live:
+            call()
+        assert live.peak < MAX_MATRICES * piece_bytes + results, name
+
+
+def test_memory_is_that_of_a_piece_whatever_the_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(ops, "_PIECE_ELEMENTS", 8 * 500)
+    inputs = problem(2, 256, vocab=500, dtype=torch.float32)
+    piece_bytes, all_bytes = 8 * 500 * 4, 2 * 256 * 500 * 4
+    assert MAX_MATRICES * piece_bytes < all_bytes / 10
+    assert_peaks_are_those_of_a_piece(inputs, piece_bytes)
+
+
+def test_memory_is_that_of_a_piece_at_a_vocabulary_of_gemma(monkeypatch):
+    """Two tokens a piece, of forty: the size of a piece is in numbers, not in tokens."""
+    monkeypatch.setattr(ops, "_PIECE_ELEMENTS", 2 * GEMMA_VOCAB + 1)
+    piece_bytes, all_bytes = 2 * GEMMA_VOCAB * 4, 40 * GEMMA_VOCAB * 4
+    assert MAX_MATRICES * piece_bytes < all_bytes / 3
+    assert_peaks_are_those_of_a_piece(problem(1, 40, GEMMA_VOCAB, 1, dtype=torch.float32), piece_bytes)
+
+
+def test_a_piece_is_of_64_mib_in_float32_and_never_less_than_a_token():
+    for vocab, tokens in ((152_064, 110), (GEMMA_VOCAB, 64), (1 << 25, 1)):
+        hidden, head = torch.zeros(1, 200, 1, device="meta"), torch.zeros(vocab, 1, device="meta")
+        piece, scores, _ = next(ops._scored(hidden, head))
+        assert (piece.start, piece.stop) == (0, tokens)
+        assert scores.shape == (tokens, vocab)
+
+
+def test_no_logits_outlive_the_forward():
     hidden, head, targets = problem(2, 32, vocab=500, dtype=torch.float32)
     with LiveBytes(hidden, head, targets) as live:
-        losses = token_nll_in_pieces(hidden, head, targets, piece=4)
+        losses = linear_nll(hidden, head, targets)
         kept = live.now()
-    logits_of_a_piece = 2 * 4 * 500 * 4
-    assert kept <= losses.numel() * losses.element_size() + targets.numel() * 8
-    assert live.peak < 4 * logits_of_a_piece < 2 * 32 * 500 * 4
+    assert losses.requires_grad
+    assert kept <= 2 * losses.numel() * losses.element_size()
 
 
-def test_half_precision_logits_are_normalised_in_float32():
-    hidden, head, targets = problem(1, 4, dtype=torch.bfloat16)
-    losses = token_nll(hidden, head, targets)
+def test_float32_is_as_good_at_a_vocabulary_of_gemma_as_at_a_small_one():
+    hidden, head, targets = problem(1, 3, GEMMA_VOCAB, 16, dtype=torch.float32)
+    head = (head.detach() / 4).requires_grad_()  # logits of size one, as in a trained model
+    tangent, cotangent = torch.randn_like(hidden), torch.tensor([[-1.0, 0.5, 2.0]])
+    wide_hidden, wide_head, wide_tangent = (x.detach().double().requires_grad_() for x in (hidden, head, tangent))
+    losses = token_nll(wide_hidden, wide_head, targets)
+    expected = adjoint_by_autograd(wide_hidden, wide_tangent, wide_head, targets, cotangent.double(), 0.5)
+    gradient, first_order = (
+        torch.autograd.grad((c * losses).sum(), [wide_hidden, wide_head], retain_graph=True)
+        for c in (0.5, cotangent.double())
+    )
+    ours = linear_nll(hidden, head, targets)
+    swept = nll_with_gradient(hidden, head, targets, 0.5)
+    assert_close_in_norm([ours.detach(), swept[0]], 2 * [losses.detach()], LARGE_VOCAB_LOSS)
+    got = torch.autograd.grad((cotangent * ours).sum(), [hidden, head])
+    assert_close_in_norm([*got, swept[1]], [*first_order, gradient[0]], LARGE_VOCAB_NORM)
+    assert_close_in_norm(nll_adjoint(hidden, tangent, head, targets, cotangent, 0.5), expected, LARGE_VOCAB_NORM)
+
+
+@pytest.mark.parametrize("call", [token_nll, linear_nll])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_normalised_in_float32(call, dtype):
+    hidden, head, targets = problem(1, 4, dtype=dtype)
+    losses = call(hidden, head, targets)
     assert losses.dtype == torch.float32
     logits = torch.nn.functional.linear(hidden, head).float()
     torch.testing.assert_close(losses, -torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_statistics_in_float32_and_gradients_in_its_own_dtype(piece_elements, dtype):
+    hidden, head, targets = problem(2, 9, dtype=dtype)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    tangent = torch.randn_like(hidden)
+    got = losses_and_gradients(linear_nll, hidden, head, targets)
+    assert [x.dtype for x in got] == [torch.float32, dtype, dtype]
+    assert_close_in_norm(got, losses_and_gradients(token_nll, *wide, targets), HALF_NORM[dtype])
+    nll, gradient = nll_with_gradient(hidden, head, targets, 0.5)
+    assert (nll.dtype, gradient.dtype) == (torch.float32, dtype)
+    cotangent = weights_of(nll)
+    adjoint = nll_adjoint(hidden, tangent, head, targets, cotangent, 0.5)
+    assert [x.dtype for x in adjoint] == [dtype, dtype, torch.float32]
+    wide_tangent = tangent.double().requires_grad_()
+    expected = adjoint_by_autograd(wide[0], wide_tangent, wide[1], targets, cotangent.double(), 0.5)
+    assert_close_in_norm(adjoint, expected, HALF_NORM[dtype])
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_is_half_precision_operands_and_gradients_of_the_given_dtype(backward_inside):
+    hidden, head, targets = problem(2, 6, dtype=torch.float32)
+    half = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = linear_nll(hidden, head, targets)
+        twin = token_nll(hidden, head, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
+        gradients = torch.autograd.grad((losses * weights_of(losses)).sum(), [hidden, head])
+    expected = losses_and_gradients(linear_nll, *half, targets)
+    for x, y in zip([losses.detach(), *gradients], expected, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y.float())
+    torch.testing.assert_close(losses, twin)
+
+
+def test_one_sweep_under_autocast_is_that_of_half_precision_operands():
+    hidden, head, targets = (x.detach() for x in problem(2, 6, dtype=torch.float32))
+    tangent, cotangent = torch.randn_like(hidden), torch.linspace(-1, 2, 12).view(2, 6)
+    half_hidden, half_tangent, half_head = (x.bfloat16() for x in (hidden, tangent, head))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = [*nll_with_gradient(hidden, head, targets, 0.5)]
+        got += nll_adjoint(hidden, tangent, head, targets, cotangent, 0.5)
+    expected = [*nll_with_gradient(half_hidden, half_head, targets, 0.5)]
+    expected += nll_adjoint(half_hidden, half_tangent, half_head, targets, cotangent, 0.5)
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y.float())
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = problem(2, 6)
+    expected = losses_and_gradients(linear_nll, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = losses_and_gradients(linear_nll, *inputs)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)

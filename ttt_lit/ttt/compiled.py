@@ -31,7 +31,9 @@ def wants_compilation(setting: bool | None, device: torch.device) -> bool:
     missing = _missing_compiler(device.type)
     if missing is None:
         return True
-    _warn_once(f"engine.compile: {missing}, so nothing is compiled and training is slower; install it, or set compile: false")
+    _warn_once(
+        f"engine.compile: {missing}, so nothing is compiled and training is slower; install it, or set compile: false"
+    )
     return False
 
 

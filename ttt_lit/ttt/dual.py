@@ -77,7 +77,7 @@ class Products:
             assert both is not None
             assert probe is None
             value, tangent = _matmul(both, weight).chunk(2, dim=1)
-            value = value if bias is None else value + bias
+            value = value if bias is None else value + bias.to(value.dtype)
         self.made.append(value)
         return Dual(value, tangent)
 

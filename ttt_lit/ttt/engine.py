@@ -168,7 +168,9 @@ class _MetaLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the meta-gradient cannot be differentiated again: call backward without create_graph")
         if ctx.kept is None:
-            raise RuntimeError("the meta-gradient frees what it kept as it goes: read the sequence again for a second backward")
+            raise RuntimeError(
+                "the meta-gradient frees what it kept as it goes: read the sequence again for a second backward"
+            )
         x, *_ = ctx.saved_tensors  # raises if a parameter was changed in place since the forward
         # Nothing of the suffix may outlive its adjoint: the blocks below need the memory for theirs.
         reading, kept, ctx.reading, ctx.kept = ctx.reading, ctx.kept, None, None

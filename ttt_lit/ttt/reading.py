@@ -119,7 +119,8 @@ class Reading:
             inputs = results[i].inputs
             assert inputs is not None
             factors[i] = Factors(*(t.detach() for t in inputs), *flat[3 * n : 3 * n + 3])
-        new, step = sgd_step(fast, factors, lr=self._lr, clip=self._clip)
+        with torch.autocast(self._device, enabled=False):  # the weights and their steps stay in float32
+            new, step = sgd_step(fast, factors, lr=self._lr, clip=self._clip)
         self._remember(chunk, results, keep=keep)
         return nll, new, step, factors
 

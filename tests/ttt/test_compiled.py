@@ -1,0 +1,118 @@
+"""Compiled, the engine computes what it computes eagerly; where nothing can compile, it says so and goes on."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.compare import assert_equals_naive, assert_same_tensors, gradients_of, scan
+from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
+
+import ttt_lit.ttt.compiled as compiled
+from ttt_lit.model.spec import LayerSpec
+from ttt_lit.ops.attention import kernels_that_ran
+from ttt_lit.ttt.model import TTTModel
+from ttt_lit.ttt.settings import EngineConfig
+
+# Dynamo looks at .grad of every input of a graph, and torch warns about those that are not leaves.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+COMPILED = EngineConfig(compile=True)
+RICH = {"qk_norm": True, "qkv_bias": True, "tied_head": False}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Everything of compilation but the generated code: what decides whether a gradient survives it."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    yield
+    torch._dynamo.reset()
+
+
+def decoder_of(*layers, **changes):
+    return random_decoder(tiny_spec(*(layers or (LayerSpec(), ttt_layer(window=5), ttt_layer(window=6))), **changes))
+
+
+@pytest.mark.slow
+def test_traced_gradients_equal_the_naive_twin(traced):
+    """Five chunks: no carried keys, a growing past and a full window; the results of products given back."""
+    engine = EngineConfig(compile=True, residual_gib=1.0)
+    assert_equals_naive(decoder_of(**RICH), random_tokens(2, 21), chunk=4, engine=engine)
+
+
+@pytest.mark.slow
+def test_the_first_order_canary(traced):
+    """A compiled second derivative that is lost silently gives exactly the first-order gradient: the difference must be the eager one."""
+    decoder, tokens = decoder_of(), random_tokens(2, 13)
+    found = {}
+    for mode in ("meta", "first_order"):
+        for name, engine in (("eager", EngineConfig()), ("compiled", COMPILED)):
+            decoder.zero_grad()
+            scan(decoder, tokens, mode=mode, engine=engine).loss.backward()
+            found[mode, name] = {n: g.clone() for n, g in gradients_of(decoder).items()}
+    assert_same_tensors(found["meta", "compiled"], found["meta", "eager"])
+    second_order = {
+        name: {n: g - found["first_order", name][n] for n, g in found["meta", name].items()}
+        for name in ("eager", "compiled")
+    }
+    assert_same_tensors(second_order["compiled"], second_order["eager"])
+    for name in ("layers.1.prime_mlp.down_proj.weight", "layers.0.mlp.gate_proj.weight", "embed_tokens.weight"):
+        size = torch.linalg.vector_norm(found["meta", "eager"][name])
+        assert torch.linalg.vector_norm(second_order["compiled"][name]) > 0.05 * size, name
+
+
+@pytest.mark.slow
+def test_the_whole_model_compiles_its_blocks_too(traced):
+    decoder, tokens = decoder_of(LayerSpec(window=3), LayerSpec(), ttt_layer(window=5)), random_tokens(2, 9)
+    names = list(decoder.state_dict())
+    model = TTTModel(decoder, COMPILED)
+    for mode in ("meta", "none"):
+        decoder.zero_grad()
+        out = model(tokens, mode=mode, chunk=4, inner_lr=0.5, clip=1.0)
+        out.loss.backward()
+        compiled_gradients = {n: g.clone() for n, g in gradients_of(decoder).items()}
+        eager = decoder_of(LayerSpec(window=3), LayerSpec(), ttt_layer(window=5))
+        expected = scan(eager, tokens, mode=mode)
+        expected.loss.backward()
+        torch.testing.assert_close(out.token_nll, expected.token_nll, rtol=1e-10, atol=1e-10)
+        assert_same_tensors(compiled_gradients, gradients_of(eager))
+    assert list(decoder.state_dict()) == names
+    assert "torch.compile" in kernels_that_ran
+
+
+@pytest.mark.slow
+def test_one_shape_through_the_real_compiler():
+    """Inductor's generated code, float64, forward and adjoint of a layer with attention."""
+    if compiled._missing_compiler("cpu") is not None:
+        pytest.skip("no C++ compiler on this machine: torch.compile cannot generate code for a CPU")
+    decoder = decoder_of(ttt_layer(window=5), ttt_layer(window=6))
+    # Writing to the cache of compiled graphs can end the process (torch 2.13, a deep recursion in pickle below a test runner).
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        assert_equals_naive(decoder, random_tokens(1, 9), chunk=4, engine=COMPILED)
+    torch._dynamo.reset()
+
+
+def test_by_default_only_cuda_is_compiled():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not compiled.wants_compilation(None, cpu)
+    assert not compiled.wants_compilation(False, cuda)
+    assert compiled.layer_runner(None, cpu) is compiled.run_layer
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_same_result(monkeypatch):
+    monkeypatch.setattr(compiled, "_missing_compiler", lambda _: "no C++ compiler (g++, clang++ or $CXX) was found")
+    compiled._warn_once.cache_clear()
+    decoder, tokens = decoder_of(), random_tokens(2, 9)
+    with pytest.warns(UserWarning, match=r"engine.compile: no C\+\+ compiler .* was found, so nothing is compiled"):
+        first = scan(decoder, tokens, engine=COMPILED).token_nll
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = scan(decoder, tokens, engine=COMPILED).token_nll
+    assert torch.equal(first, second)
+    assert torch.equal(first, scan(decoder, tokens, engine=EngineConfig()).token_nll)
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: None)
+    assert "triton is not installed" in compiled._missing_compiler("cuda")
+    assert "no C++ compiler" in compiled._missing_compiler("cpu")
