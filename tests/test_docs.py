@@ -23,6 +23,7 @@ from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.train.stages import SizeConfig, StageConfig, Stages
 from ttt_lit.train.start import StartConfig
 from ttt_lit.ttt.inner import InnerLoop
+from ttt_lit.ttt.settings import EngineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -30,7 +31,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 DOCUMENTED = (
     StageConfig, SizeConfig, Budget, InnerLoop, OptimConfig, ValidationConfig, StartConfig, TTTConfig, run.RunConfig,
-    LRSchedule, InnerLRSchedule, PrepareConfig, TokenDataModule,
+    LRSchedule, InnerLRSchedule, PrepareConfig, TokenDataModule, EngineConfig,
 )  # fmt: skip
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

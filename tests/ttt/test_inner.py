@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_lit.model.mlp import MLPWeights
-from ttt_lit.ttt.inner import Factors, InnerLoop, sgd_step, step_adjoint, undo_step, wide_product
+from ttt_lit.ttt.inner import Factors, InnerLoop, sgd_step, step_adjoint, undo_step
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -95,14 +95,6 @@ def test_a_zero_gradient_takes_no_step_and_has_a_finite_adjoint():
     assert step.length.tolist() == [0.0, 0.0]
     for got, cotangent in zip(flat(step_adjoint(cotangents, fast, new, step)), flat(cotangents), strict=True):
         torch.testing.assert_close(got, -0.5 * cotangent)
-
-
-def test_gradients_of_half_precision_factors_are_summed_and_kept_in_float32():
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(2, 64, 5, generator=generator).bfloat16() for _ in range(2))
-    product = wide_product(x, y, torch.float32)
-    assert product.dtype == torch.float32
-    torch.testing.assert_close(product.double(), x.double().mT @ y.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"lr": -0.1}, {"clip": -1.0}, {"lr": float("nan")}, {"clip": float("nan")}])

@@ -101,11 +101,11 @@ def test_policies_for_the_fast_weights_keep_what_they_promise(decoder):
 
 def test_logits_never_exist_for_more_than_a_piece_of_a_chunk(decoder, monkeypatch):
     """Forward, inner gradient and adjoint; a piece of 2 tokens against chunks of 16. At most three such buffers live at once."""
-    monkeypatch.setattr(cross_entropy, "_PIECE_ELEMENTS", 2 * 200)
+    monkeypatch.setitem(cross_entropy._PIECE_ELEMENTS, "cpu", 2 * 200)
     vocabulary = []
-    product = cross_entropy._wide_product
+    scores = cross_entropy._scores
     monkeypatch.setattr(
-        cross_entropy, "_wide_product", lambda x, y: vocabulary.append(x.shape[0] * y.shape[1]) or product(x, y)
+        cross_entropy, "_scores", lambda x, y: vocabulary.append(x.shape[0] * y.shape[0]) or scores(x, y)
     )
     for mode in ("meta", "static"):
         alive(decoder, 3, mode=mode)

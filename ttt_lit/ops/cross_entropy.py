@@ -1,4 +1,4 @@
-"""Next-token loss from hidden states, with the logits of one piece of the tokens alive at a time.
+"""Next-token loss from hidden states, with the logits of one piece of the tokens, or of two neighbouring ones, alive at a time.
 
 ``linear_nll`` is a registered operator that can be differentiated twice and saves the log-sum-exp alone; logits are made again where a
 derivative needs them. Where the loss ends a computation and its cotangents are known beforehand, ``nll_with_gradient`` and
@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-# Logits of a piece: 16M numbers are 64 MiB in float32, at a vocabulary of 152k about 110 tokens. Large enough for full speed.
-_PIECE_ELEMENTS = 1 << 24
+from ttt_lit.ops.wide import wide_matmul
+
+# Logits of a piece, in numbers. On CPU a piece stays near the caches; on an accelerator it is large enough for full speed: 441 tokens at a
+# vocabulary of 152k, 256 MiB in float32.
+_PIECE_ELEMENTS = {"cpu": 1 << 19}
+_PIECE_ELEMENTS_ELSEWHERE = 1 << 26
 
 
 def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -48,11 +52,18 @@ def nll_with_gradient(hidden: Tensor, head: Tensor, targets: Tensor, seed: float
 
 
 def nll_adjoint(
-    hidden: Tensor, tangent: Tensor | None, head: Tensor, targets: Tensor, cotangent: Tensor, seed: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradient of Σ cotangent · nll + seed · Σ (derivative of nll along ``tangent``), in hidden, tangent and head (float32 at least).
+    hidden: Tensor,
+    tangent: Tensor | None,
+    head: Tensor,
+    targets: Tensor,
+    cotangent: Tensor,
+    seed: float,
+    d_head: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of Σ cotangent · nll + seed · Σ (derivative of nll along ``tangent``) in hidden and tangent.
 
-    cotangent (B, T). ``tangent`` None: the second term is absent.
+    cotangent (B, T). ``tangent`` None: the second term is absent. The gradient in the head is added to ``d_head`` (V, D), float32 at
+    least, in place; None: it is not computed.
     """
     kept = hidden.dtype
     hidden, head = _under_autocast(hidden.detach(), head.detach())
@@ -61,24 +72,30 @@ def nll_adjoint(
     rows = hidden.reshape(-1, width)
     d_hidden = _like(rows)
     d_tangent = None if tangent is None else _like(rows)
-    d_head = torch.zeros(head.shape, dtype=_wide(head.dtype), device=head.device)
     for piece, scores, lse in _scored(hidden, head):
         p = scores.sub_(lse[:, None]).exp_()
         weight = cotangent.reshape(-1)[piece, None].to(p.dtype)
         first = p * weight
         if tangent is not None and d_tangent is not None:
             t_rows = tangent.reshape(-1, width)[piece]
-            spread = _wide_product(t_rows, head.mT)
+            spread = _scores(t_rows, head)
             spread.sub_((p * spread).sum(dim=1, keepdim=True)).mul_(p).mul_(seed)
             first += spread
             second = _minus_target(p.mul_(seed), targets, piece, seed).to(head.dtype)
             d_tangent[piece] = second @ head
-            d_head += second.mT @ t_rows
+            if d_head is not None:
+                d_head += wide_matmul(second.mT, t_rows, d_head.dtype)
         first = _minus_target(first, targets, piece, weight[:, 0]).to(head.dtype)
         d_hidden[piece] = first @ head
-        d_head += first.mT @ rows[piece]
+        if d_head is not None:
+            d_head += wide_matmul(first.mT, rows[piece], d_head.dtype)
     shaped = None if d_tangent is None else d_tangent.view(hidden.shape).to(kept)
-    return d_hidden.view(hidden.shape).to(kept), shaped, d_head
+    return d_hidden.view(hidden.shape).to(kept), shaped
+
+
+def piece_tokens(vocab_size: int, device: str) -> int:
+    """Tokens whose logits are made together."""
+    return max(1, _PIECE_ELEMENTS.get(device, _PIECE_ELEMENTS_ELSEWHERE) // vocab_size)
 
 
 def _under_autocast(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,17 +120,18 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _wide_product(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y).to(_wide(x.dtype))
+def _scores(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows matrixᵀ in float32 at least: logits, or their tangents."""
+    return wide_matmul(rows, matrix.mT, _wide(rows.dtype))
 
 
 def _scored(hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Pieces of the tokens with their logits (n, V) and log-sum-exps (n,). The logits may be overwritten."""
     rows = hidden.reshape(-1, head.shape[1])
-    size = max(1, _PIECE_ELEMENTS // head.shape[0])
+    size = piece_tokens(head.shape[0], hidden.device.type)
     for low in range(0, rows.shape[0], size):
         piece = slice(low, min(low + size, rows.shape[0]))
-        scores = _wide_product(rows[piece], head.mT)
+        scores = _scores(rows[piece], head)
         yield piece, scores, scores.logsumexp(dim=1)
 
 
@@ -153,7 +171,8 @@ def _linear_nll_backward(
     dnll: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ dnll · nll in hidden and head."""
-    d_hidden, _, d_head = nll_adjoint(hidden, None, head, targets, dnll, 0.0)
+    d_head = torch.zeros(head.shape, dtype=_wide(head.dtype), device=head.device)
+    d_hidden, _ = nll_adjoint(hidden, None, head, targets, dnll, 0.0, d_head)
     return d_hidden, d_head.to(head.dtype)
 
 
@@ -176,7 +195,7 @@ def _linear_nll_second(
     rows, direction = hidden.reshape(-1, width), a.reshape(-1, width)
     for piece, scores, lse in _scored(hidden, head):
         weight = dnll.reshape(-1)[piece, None]
-        spread = _wide_product(direction[piece], head.mT) + _wide_product(rows[piece], b.mT)
+        spread = _scores(direction[piece], head) + _scores(rows[piece], b)
         p = scores.sub_(lse[:, None]).exp_()
         mean = (p * spread).sum(dim=1)
         d_nll.view(-1)[piece] = mean - _picked(spread, targets, piece)

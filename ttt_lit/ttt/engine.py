@@ -20,9 +20,10 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.ttt.compiled import layer_runner
 from ttt_lit.ttt.inner import FastWeights, Step, step_adjoint
-from ttt_lit.ttt.reading import Key, Reading, Slow
+from ttt_lit.ttt.reading import Reading, Slow
 from ttt_lit.ttt.settings import EngineConfig
 from ttt_lit.ttt.storage import FastWeightStore, make_store
+from ttt_lit.ttt.sums import HEAD, GradientSums, Key
 
 
 def read_suffix(
@@ -74,7 +75,7 @@ class Parameters:
                 if index > spec.suffix_start or not below:
                     self._append((index, name), tensor)
         self._append((None, "norm.weight"), decoder.norm.weight)
-        self._append((None, "head"), decoder.head_weight)
+        self._append(HEAD, decoder.head_weight)
 
     def _append(self, key: Key, tensor: Tensor) -> None:
         self.keys.append(key)
@@ -101,6 +102,12 @@ class Parameters:
             i: MLPWeights(*(named[i, name].detach().expand(batch, -1, -1) for name in _fast_names(mlp)))
             for i, mlp in self.fast.items()
         }
+
+    def gradients(self, sums: GradientSums) -> Iterator[Tensor | None]:
+        """One for each of ``tensors``."""
+        for key, tensor in zip(self.keys, self.tensors, strict=True):
+            gradient = sums.get(key) if tensor.requires_grad else None
+            yield None if gradient is None else gradient.to(tensor.dtype)
 
 
 def _fast_names(mlp: str) -> list[str]:
@@ -174,36 +181,9 @@ class _MetaLoss(torch.autograd.Function):
         x, *_ = ctx.saved_tensors  # raises if a parameter was changed in place since the forward
         # Nothing of the suffix may outlive its adjoint: the blocks below need the memory for theirs.
         reading, kept, ctx.reading, ctx.kept = ctx.reading, ctx.kept, None, None
-        totals = _Totals(ctx.parameters)
-        d_x = _adjoint(reading, ctx.parameters, kept, x, d_nll, ctx.exact, totals)
-        return None, None, None, None, d_x, *totals.in_order()
-
-
-class _Totals:
-    """Gradients of the parameters, summed over chunks in the parameters' dtype (float32 in training)."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
-        self._sums: dict[Key, Tensor] = {}
-
-    def add(self, key: Key, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
-        if key in self._sums:
-            self._sums[key] += gradient
-        else:
-            self._sums[key] = gradient
-
-    def add_start(self, adjoint: FastWeights) -> None:
-        """The gradient of W_0: every sequence starts from the same one."""
-        for i, mlp in self._parameters.fast.items():
-            for name, cotangent in zip(_fast_names(mlp), adjoint[i], strict=True):
-                self._sums[i, name] = cotangent.sum(0)
-
-    def in_order(self) -> Iterator[Tensor | None]:
-        for key, tensor in zip(self._parameters.keys, self._parameters.tensors, strict=True):
-            gradient = self._sums.get(key) if tensor.requires_grad else None
-            yield None if gradient is None else gradient.to(tensor.dtype)
+        sums = GradientSums()
+        d_x = _adjoint(reading, ctx.parameters, kept, x, d_nll, ctx.exact, sums)
+        return None, None, None, None, d_x, *ctx.parameters.gradients(sums)
 
 
 def _adjoint(
@@ -213,9 +193,9 @@ def _adjoint(
     x: Tensor,
     d_nll: Tensor,
     exact: bool,
-    totals: _Totals,
+    sums: GradientSums,
 ) -> Tensor:
-    """Gradient of Σ d_nll · nll in x (B, T, D); those of the parameters are added to ``totals``."""
+    """Gradient of Σ d_nll · nll in x (B, T, D); those of the parameters are added to ``sums``."""
     slow, carried = parameters.slow(with_gradient=True), reading.carried_cotangents()
     d_x = torch.empty_like(x)
     adjoint: FastWeights = {}
@@ -226,11 +206,13 @@ def _adjoint(
         if exact and not chunk.is_last:
             direction = step_adjoint(adjoint, fast, after, kept.steps[chunk.number])
         d_x[:, chunk.span], d_fast = reading.chunk_adjoint(
-            chunk, x, slow, fast, direction, d_nll[:, chunk.span], carried, totals.add
+            chunk, x, slow, fast, direction, d_nll[:, chunk.span], carried, sums
         )
         adjoint = _summed(adjoint, d_fast) if adjoint else d_fast
         after = fast
-    totals.add_start(adjoint)
+    for i, mlp in parameters.fast.items():  # every sequence starts from the same W_0
+        for name, cotangent in zip(_fast_names(mlp), adjoint[i], strict=True):
+            sums.add((i, name), cotangent.sum(0))
     return d_x
 
 

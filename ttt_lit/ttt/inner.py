@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.model.spec import Mode
+from ttt_lit.ops.wide import wide_matmul
 
 FastWeights = dict[int, MLPWeights]
 """Layer index → matrices with a leading batch axis, one copy a sequence: gate, up (B, F, D), down (B, D, F)."""
@@ -47,21 +48,12 @@ class Factors(NamedTuple):
     d_down: Tensor
 
     def gradient(self, dtype: torch.dtype) -> MLPWeights:
-        """The three matrices of the gradient, summed in ``dtype`` at least."""
+        """The three matrices of the gradient, summed and kept in ``dtype``."""
         return MLPWeights(
-            wide_product(self.d_gate, self.z, dtype),
-            wide_product(self.d_up, self.z, dtype),
-            wide_product(self.d_down, self.h, dtype),
+            wide_matmul(self.d_gate.mT, self.z, dtype),
+            wide_matmul(self.d_up.mT, self.z, dtype),
+            wide_matmul(self.d_down.mT, self.h, dtype),
         )
-
-
-def wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """xᵀ y per sequence, (B, C, M) and (B, C, N) → (B, M, N), with the result in ``dtype`` whatever the operands are."""
-    if x.dtype == y.dtype == dtype:
-        return x.mT @ y
-    if x.is_cuda and x.dtype == y.dtype and dtype == torch.float32:
-        return torch.bmm(x.mT, y, out_dtype=dtype)  # half-precision operands into a float32 accumulator, kept
-    return x.mT.to(dtype) @ y.to(dtype)
 
 
 class Step(NamedTuple):

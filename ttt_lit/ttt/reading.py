@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -13,13 +13,11 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.ops.carried_attention import Attended
 from ttt_lit.ops.cross_entropy import linear_nll, nll_adjoint, nll_with_gradient
+from ttt_lit.ops.wide import without_autocast
 from ttt_lit.ttt.chunk import KeyValues, LayerInput, LayerResult, RunLayer, layer_kind
 from ttt_lit.ttt.dual import Dual, FastMLP, norm
 from ttt_lit.ttt.inner import Factors, FastWeights, Step, sgd_step
-
-Key = tuple[int | None, str]
-"""(layer, name in the block) of a parameter; layer None: the final norm and the head."""
-AddGradient = Callable[[Key, Tensor | None], None]
+from ttt_lit.ttt.sums import HEAD, GradientSums, Key
 
 
 class Slow(NamedTuple):
@@ -119,7 +117,7 @@ class Reading:
             inputs = results[i].inputs
             assert inputs is not None
             factors[i] = Factors(*(t.detach() for t in inputs), *flat[3 * n : 3 * n + 3])
-        with torch.autocast(self._device, enabled=False):  # the weights and their steps stay in float32
+        with without_autocast(self._device):  # the weights and their steps stay in float32
             new, step = sgd_step(fast, factors, lr=self._lr, clip=self._clip)
         self._remember(chunk, results, keep=keep)
         return nll, new, step, factors
@@ -142,11 +140,11 @@ class Reading:
         direction: FastWeights | None,
         d_nll: Tensor,
         carried: dict[int, KeyValues],
-        add: AddGradient,
+        sums: GradientSums,
     ) -> tuple[Tensor, FastWeights]:
         """Gradient of Σ d_nll · nll + ⟨direction, inner gradient⟩ + ⟨carried, keys and values⟩ in x and in the fast weights.
 
-        d_nll (B, C). The gradient of slow weights goes to ``add``, that of the chunk's past is added to ``carried``.
+        d_nll (B, C). The gradient of slow weights goes to ``sums``, that of the chunk's past is added to ``carried``.
         """
         x = x[:, chunk.span].detach().requires_grad_()
         leaves = {i: MLPWeights(*(w.detach().requires_grad_() for w in weights)) for i, weights in fast.items()}
@@ -154,17 +152,21 @@ class Reading:
         with torch.enable_grad(), self._as_called():
             inputs = self._inputs(chunk, learning, again=True)
             hidden, results = self._read(x, slow, inputs)
+        head = slow.head
         with torch.no_grad(), self._as_called():
-            *cotangents, d_head = nll_adjoint(
-                *hidden, slow.head, self._targets[:, chunk.span], d_nll, seed=1 / self._chunk
+            cotangents = nll_adjoint(
+                *hidden,
+                head,
+                self._targets[:, chunk.span],
+                d_nll,
+                seed=1 / self._chunk,
+                d_head=sums.running(HEAD, head) if head.requires_grad else None,
             )
         self._products.pop(chunk.number, None)
-        if slow.head.requires_grad:
-            add((None, "head"), d_head)
         outputs = [(out, c) for out, c in zip(hidden, cotangents, strict=True) if out is not None and c is not None]
         if not chunk.is_last:
             outputs += self._asked_by_later_chunks(chunk, results, carried)
-        return self._distribute(chunk, x, leaves, slow, inputs, outputs, carried, add)
+        return self._distribute(chunk, x, leaves, slow, inputs, outputs, carried, sums)
 
     def _asked_by_later_chunks(
         self, chunk: Chunk, results: dict[int, LayerResult], carried: dict[int, KeyValues]
@@ -185,7 +187,7 @@ class Reading:
         inputs: dict[int, LayerInput],
         outputs: list[tuple[Tensor, Tensor]],
         carried: dict[int, KeyValues],
-        add: AddGradient,
+        sums: GradientSums,
     ) -> tuple[Tensor, FastWeights]:
         """One reverse pass, and each gradient to where it belongs."""
         learning = [(key, w) for key, w in slow.named() if w.requires_grad]
@@ -208,7 +210,7 @@ class Reading:
             for total in carried[i]:
                 total[:, :, stop - past.keys.shape[2] : stop] += next(found)
         for (key, _), gradient in zip(learning, found, strict=True):
-            add(key, gradient)
+            sums.add(key, gradient)
         return d_x, d_fast
 
     # Shared -------------------------------------------------------------------------------------------------------------------
