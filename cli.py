@@ -111,6 +111,36 @@ def _validate(arguments: list[str]) -> int:
     return validate(arguments)
 
 
+def _plan(arguments: list[str]) -> int:
+    """Work, time and memory of a run's stages, before it starts. No weights, data or GPU needed."""
+    parser = argparse.ArgumentParser(
+        prog="cli.py plan",
+        description=_plan.__doc__,
+        allow_abbrev=False,
+        epilog="Everything else is read as fit reads it: --config FILE, several times, and dotted settings.",
+    )
+    parser.add_argument("--shape", metavar="FILE", help="Hugging Face config.json, in place of model.start.init_from")
+    parser.add_argument("--device", help="h100, h200 (default), a100, b200, l40s or cpu")
+    parser.add_argument("--devices", type=int, help="how many; default: as configured")
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="assumed share of the peak (default: %(default)s); not a measurement",
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, help="10¹² dense operations per second, in place of the published peak"
+    )
+    parser.add_argument("--memory-gib", type=float, help="memory of a device, in place of the published one")
+    parser.add_argument("--output", help="folder for plan.md")
+    given, others = parser.parse_known_args(arguments)
+    _refuse_malicious_lightning()
+    from ttt_lit.experiment.plan import PlanOptions, plan
+
+    plan(others, PlanOptions(**vars(given)))
+    return 0
+
+
 def _check_reference(arguments: list[str]) -> int:
     """Golden files of the official implementation: losses and exact gradients."""
     parser = argparse.ArgumentParser(prog="cli.py check-reference", description=_check_reference.__doc__)
@@ -136,6 +166,7 @@ def _report(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": _import,
     "prepare": _prepare,
+    "plan": _plan,
     "fit": _fit,
     "validate": _validate,
     "export": _export,

@@ -19,7 +19,6 @@ from ttt_lit.convert.windowed import windowed
 from ttt_lit.data.stream import StreamRequest, TokenDataModule
 from ttt_lit.metrics import Inner
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.model.flops import training_flops
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
@@ -28,12 +27,14 @@ from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, load_moments, set_lr
 from ttt_lit.train.parallel import fill, reshard, shard
+from ttt_lit.train.stage_flops import stage_flops
 from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
 from ttt_lit.train.window import StepReport, StepWindow
 from ttt_lit.ttt.inner import InnerLoop
 from ttt_lit.ttt.model import TTTModel
 from ttt_lit.ttt.scan import SequenceLoss
+from ttt_lit.ttt.settings import EngineConfig
 
 
 class TTTModule(L.LightningModule):
@@ -48,7 +49,7 @@ class TTTModule(L.LightningModule):
         inner: the inner loop.
         optim: the outer optimiser.
         validation: what is measured, when.
-        recompute: rebuild each prefix block's and chunk's graph in the backward instead of keeping it.
+        engine: how the gradient is computed: memory against computation.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class TTTModule(L.LightningModule):
         inner: InnerLoop = InnerLoop(),  # noqa: B008 (frozen)
         optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008 (frozen)
-        recompute: bool = True,
+        engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.start_config, self.stages, self.size, self.budget = start, stages, size, budget
         self.ttt, self.inner, self.optim = ttt, inner, optim
-        self.validation, self.recompute = validation, recompute
+        self.validation, self.engine = validation, engine
         self.plans: tuple[StagePlan, ...] = ()
         self.entered = -1
         """Index of the stage whose one-time entry is done; saved with the run."""
@@ -119,7 +120,7 @@ class TTTModule(L.LightningModule):
         if self._model is not None:
             return
         with torch.device("meta"):
-            model = TTTModel(Decoder(self.start.spec))
+            model = TTTModel(Decoder(self.start.spec), self.engine)
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             check_strategy(self.trainer)
@@ -195,10 +196,9 @@ class TTTModule(L.LightningModule):
         return spent if plan.budget.seconds is None else bool(self.trainer.strategy.broadcast(spent))
 
     def flop_per_token(self) -> float:
-        """Analytic training FLOPs per token of the current stage, recomputation included where it is on."""
+        """Analytic training FLOPs per token of the current stage, under the engine's policy."""
         plan = self.plan
-        mode, spec = plan.config.mode, self.stage_spec(plan)
-        return training_flops(spec, context=plan.context, mode=mode, chunk=plan.chunk, recompute=self.recompute).total
+        return stage_flops(self.stage_spec(plan), plan, self.engine, precision=self.trainer.precision).total
 
     # Data ---------------------------------------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ class TTTModule(L.LightningModule):
     def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
         out: SequenceLoss = self.model(
-            tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip, recompute=self.recompute
+            tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip
         )
         if not torch.is_grad_enabled():
             reshard(self.model)

@@ -236,10 +236,10 @@ class Reading:
             if again and past is not None:
                 past = KeyValues(*(t.detach().requires_grad_() for t in past))
             products = self._products.get(chunk.number, {}).get(i) if again else None
-            rope = tuple(t[chunk.span] for t in self._tables[i])
+            cos, sin = (table[chunk.span] for table in self._tables[i])
             # A step that is taken again finds its attention's result too.
             attended = self._attended.get((chunk.number, i))
-            inputs[i] = LayerInput(rope, past, attended, fast.get(i), products)  # type: ignore[arg-type]
+            inputs[i] = LayerInput((cos, sin), past, attended, fast.get(i), products)
         return inputs
 
     def _past(self, index: int, chunk: Chunk) -> KeyValues | None:

@@ -1,0 +1,92 @@
+"""The benchmark of training steps runs, compares before it times, and refuses to time what is wrong."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.compare import assert_same_tensors, gradients_of, scan
+from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
+
+from ttt_lit.model.spec import LayerSpec
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--set", "hidden=16", "mlp=24", "layers=4", "heads=4", "kv_heads=2", "vocab=40", "window=12", "chunk=8"]
+ONCE = [*TINY, "--context", "16", "--rounds", "1"]
+ARMS = ["dense", "swa", "naive", "naive_recompute", "engine:recompute", "engine:equal_memory", "engine:keep"]
+
+
+@pytest.fixture
+def meta_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("meta_step")
+
+
+@pytest.fixture
+def naive_step(meta_step):
+    return importlib.import_module("naive_step")
+
+
+def test_every_arm_is_measured_and_every_exact_arm_compared(meta_step, tmp_path, capsys):
+    files = {"--json": tmp_path / "out.json", "--markdown": tmp_path / "out.md"}
+    assert meta_step.main([*ONCE, *(str(x) for pair in files.items() for x in pair)]) == 0
+    record = json.loads(files["--json"].read_text())
+    (check,) = record["checks"]
+    assert check["largest_gradient_error"] < 1e-4 < 0.01 < check["first_order_error"]
+    (found,) = record["contexts"]
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert list(arms) == [*ARMS, "first_order:keep"]
+    assert found["reference"] == "naive"
+    for name, arm in arms.items():
+        assert arm["failure"] is None, name
+        assert len(arm["seconds"]) == 1, name
+        assert arm["peak_bytes"] > 0, name
+        assert arm["flops_ratio"] > 0, name
+        if name in ARMS[3:]:
+            assert arm["gradient_error"] < 1e-4, name
+    assert arms["engine:equal_memory"]["peak_bytes"] <= arms["naive_recompute"]["peak_bytes"]
+    text = files["--markdown"].read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert all(f"| {name} " in text for name in arms)
+
+
+@pytest.mark.parametrize("arms", [["dense"], ["naive", "engine"]])
+def test_a_wrong_attention_is_not_timed(meta_step, naive_step, monkeypatch, tmp_path, capsys, arms):
+    right = naive_step.attention
+    monkeypatch.setattr(
+        naive_step, "attention", lambda *qkv, scale, window: right(*qkv, scale=1.1 * scale, window=window)
+    )
+    assert meta_step.main([*ONCE, "--arms", *arms, "--json", str(tmp_path / "out.json")]) == 1
+    assert "disagree" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_arm_that_does_not_fit_is_left_out(meta_step, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(meta_step, "check_short", lambda _: [])
+    monkeypatch.setattr(meta_step, "naive_loss", full)
+    assert meta_step.main([*ONCE, "--arms", "dense", "naive", "swa", "--json", str(tmp_path / "out.json")]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [arm["failure"] for arm in record["contexts"][0]["arms"]] == [None, "out of memory", None]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 0.3, 1e6])
+def test_the_naive_step_has_the_gradients_of_the_engine(naive_step, recompute, clip):
+    layers = [LayerSpec(window=3), LayerSpec(), ttt_layer(window=5), LayerSpec(window=6), ttt_layer(window=1)]
+    decoder = random_decoder(tiny_spec(*layers, qk_norm=True, qkv_bias=True, tied_head=False, post_norms=True))
+    tokens = random_tokens(2, 21)
+    scan(decoder, tokens, clip=clip).loss.backward()
+    expected = {name: g.clone() for name, g in gradients_of(decoder).items()}
+    decoder.zero_grad()
+    naive_step.naive_loss(decoder, tokens, chunk=4, inner_lr=0.5, clip=clip, recompute=recompute).backward()
+    assert_same_tensors(gradients_of(decoder), expected)
+
+
+@pytest.mark.parametrize("target, most", [(-1, None), (0, 0), (34, 3), (35, 3), (99, 9), (1000, 10)])
+def test_the_search_finds_the_most_that_fits(meta_step, target, most):
+    """Ten chunks; the first are free, because the peak lies elsewhere."""
+    assert meta_step.most_kept(lambda kept: max(0, 11 * kept), target, 10, 9.0) == most

@@ -1,0 +1,230 @@
+"""Peak memory of a stage on one device, by part.
+
+The peak of a micro-batch comes from a rehearsal of the real code (``rehearsal.py``). It grows by the same amount with every chunk, so a
+few chunks are rehearsed and the rest is a straight line. What the ways to keep fast weights differ by is counted in copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, learns, rehearse
+from ttt_lit.model.flops import chunks_kept, product_numbers
+from ttt_lit.model.spec import ModelSpec
+from ttt_lit.ops import cross_entropy
+from ttt_lit.train.stages import StagePlan
+from ttt_lit.ttt.settings import EngineConfig, FastWeightStorage
+
+# Parameters, gradients, moments and fast weights are float32 whatever the precision.
+_MASTER = 4
+# From the third chunk on, one more is like the one before it.
+_REHEARSED = (3, 4)
+# A chunk's adjoint still holds the cotangents of the one before. Where every copy is kept, one is free by then.
+_LINGERING = 1
+_PLAIN = EngineConfig(fast_weights="every", residual_gib=0.0, compile=False)
+
+
+PARTS = (
+    *(
+        "parameters",
+        "gradients",
+        "AdamW's moments",
+        "gathered parameters",
+        "fast weights",
+        "cotangents of fast weights",
+    ),
+    *("kept products", "logits, head's gradient", "activations", "AdamW's temporaries"),
+)
+"""In the order in which they are shown. Activations are the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where a stage runs."""
+
+    devices: int
+    on_cpu: bool
+    half: bool
+
+    @property
+    def number_bytes(self) -> int:
+        return 2 if self.half else 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on one device at the stage's peak."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def stage_memory(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> StageMemory:
+    """``spec``: the network with the stage's window."""
+    mode, shapes = plan.config.mode, spec.parameter_shapes()
+    parameters = _MASTER * spec.num_parameters() / setting.devices
+    learnt = _MASTER * sum(math.prod(shape) for name, shape in shapes.items() if learns(name, mode))
+    parts = {"parameters": parameters, "gradients": learnt / setting.devices, "AdamW's moments": 2 * parameters}
+    whole = _gathered(spec) if setting.devices > 1 else 0.0
+    stored, live = _micro_batch(spec, plan, engine, setting)
+    # Without shards the rehearsal makes the gradients; with shards it makes whole ones, beside those that a device keeps.
+    rest = live if setting.devices > 1 else live - parts["gradients"]
+    temporary = _adamw_temporaries(spec, learnt, setting)
+    if temporary > whole + stored + rest:
+        return StageMemory(parts=parts | {"AdamW's temporaries": temporary})
+    parts |= {"gathered parameters": whole, "fast weights": stored}
+    for name, size in (
+        ("kept products", _kept_products(spec, plan, engine, setting)),
+        ("logits, head's gradient", _logits(spec, plan, setting)),
+        ("cotangents of fast weights", _cotangents(spec, plan)),
+    ):
+        parts[name] = min(rest, size)
+        rest -= parts[name]
+    return StageMemory(parts=parts | {"activations": rest})
+
+
+def all_products(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
+    """Bytes of what engine.residual_gib may keep in this stage."""
+    everything = dataclasses.replace(_PLAIN, residual_gib=math.inf)
+    return _kept_products(spec, plan, everything, setting)
+
+
+def _micro_batch(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> tuple[float, float]:
+    """At the peak of a micro-batch: bytes of fast weights, and everything else beside parameters and optimiser."""
+    batch = MicroBatch(
+        sequences=plan.sequences,
+        context=plan.context,
+        chunk=plan.chunk,
+        mode=plan.config.mode,
+        engine=dataclasses.replace(_PLAIN, recompute_blocks=engine.recompute_blocks),
+        half=setting.half,
+        on_cpu=setting.on_cpu,
+        gradients_exist=plan.accumulate > 1,
+        sharded=setting.devices > 1,
+    )
+    if not batch.updates:
+        return 0.0, _rehearsed(spec, batch).peak
+    chunks = plan.context // plan.chunk
+    usual = _stored(spec, plan, "every", setting)
+    stored = _stored(spec, plan, engine.fast_weights, setting)
+    products = _kept_products(spec, plan, engine, setting)
+    kept = Peaks(products, products, 0)
+    phases = zip(_line(spec, batch, chunks), usual, stored, kept, strict=True)
+    return max(((there, peak - here + more) for peak, here, there, more in phases), key=sum)
+
+
+def _line(spec: ModelSpec, batch: MicroBatch, chunks: int) -> Peaks:
+    """Every phase's peak, from two short rehearsals where the stage has more chunks."""
+    if chunks <= max(_REHEARSED):
+        return _rehearsed(spec, batch)
+    few, more = (_rehearsed(spec, dataclasses.replace(batch, context=count * batch.chunk)) for count in _REHEARSED)
+    return Peaks(*(b + (b - a) * (chunks - _REHEARSED[1]) for a, b in zip(few, more, strict=True)))
+
+
+_rehearsed = functools.cache(rehearse)
+
+
+def _updates(plan: StagePlan) -> bool:
+    return plan.config.mode in ("meta", "first_order")
+
+
+def _copy(spec: ModelSpec, plan: StagePlan) -> float:
+    """Bytes of one chunk's fast weights over the sequences of a micro-batch."""
+    widths = (_fast_width(spec, index) for index in spec.ttt_layers)
+    return _MASTER * plan.sequences * sum(3 * width * spec.hidden_size for width in widths)
+
+
+def _cotangents(spec: ModelSpec, plan: StagePlan) -> float:
+    """Bytes of the adjoint's own copies of fast weights: of later chunks, of this one, and, where it is exact, the direction."""
+    return {"meta": 3, "first_order": 2}.get(plan.config.mode, 0) * _copy(spec, plan)
+
+
+def _fast_width(spec: ModelSpec, index: int) -> int:
+    layer = spec.layers[index]
+    if layer.fast == "mlp":
+        return spec.intermediate_size
+    assert layer.prime is not None
+    return layer.prime.intermediate_size
+
+
+def _stored(spec: ModelSpec, plan: StagePlan, storage: FastWeightStorage, setting: Setting) -> Peaks:
+    """Bytes of fast weights on the device at the peak of each part of a micro-batch. The adjoint frees them as it goes."""
+    chunks = plan.context // plan.chunk
+    # W_0 is the parameters.
+    most = chunks - 1
+    forward, suffix = most, most
+    steps = (0, 0)
+    if storage == "two_level":
+        stretch = math.isqrt(most) + 1
+        kept = math.ceil(chunks / stretch) - 1
+        forward, suffix = kept + 1, kept + stretch - 1 + _LINGERING
+    elif (
+        storage == "factors"
+    ):  # the last copy, from which all others are rebuilt, stays; two steps are undone at the peak
+        forward, suffix = 1, 3 + _LINGERING
+        steps = (most, max(0, most - 2))
+    elif storage == "offload" and not setting.on_cpu:
+        forward, suffix = 1, 2 + _LINGERING
+    copy, factors = _copy(spec, plan), _factors(spec, plan, setting)
+    return Peaks(min(most, forward) * copy + steps[0] * factors, min(most, suffix) * copy + steps[1] * factors, 0)
+
+
+def _factors(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
+    """Bytes of one step's factors: the input of gate and up in the stream's dtype, the rest as products come."""
+    numbers = 0
+    for index in spec.ttt_layers:
+        width = _fast_width(spec, index)
+        numbers += _MASTER * spec.hidden_size + setting.number_bytes * (3 * width + spec.hidden_size)
+    return plan.sequences * plan.chunk * numbers
+
+
+def _kept_products(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> float:
+    if not _updates(plan):
+        return 0.0
+    tokens = plan.sequences * plan.chunk
+    kept = chunks_kept(
+        spec,
+        tokens=tokens,
+        chunks=plan.context // plan.chunk,
+        number_bytes=setting.number_bytes,
+        budget_bytes=engine.residual_bytes,
+    )
+    return kept * tokens * product_numbers(spec) * setting.number_bytes
+
+
+def _logits(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
+    """Bytes of what the head's backward holds at once: scores of a piece of the tokens, and the gradient of the head being summed."""
+    updates = _updates(plan)
+    tokens = plan.sequences * (plan.chunk if updates else plan.context)
+    rows = min(tokens, cross_entropy.piece_tokens(spec.vocab_size, "cpu" if setting.on_cpu else "cuda"))
+    scores = 4 if updates else 2  # with a tangent: probabilities, their tangents, a cotangent, and a product on its way
+    head = 2 * spec.vocab_size * spec.hidden_size
+    half = setting.number_bytes * rows * spec.vocab_size if setting.half else 0
+    return _MASTER * (scores * rows * spec.vocab_size + head) + half
+
+
+def _adamw_temporaries(spec: ModelSpec, learnt: float, setting: Setting) -> float:
+    """On a GPU the roots of all second moments at once, on a CPU those of one tensor."""
+    if not setting.on_cpu:
+        return learnt / setting.devices
+    return 2.0 * _MASTER * max(math.prod(shape) for shape in spec.parameter_shapes().values())
+
+
+def _gathered(spec: ModelSpec) -> float:
+    """Whole parameters during a step: the root unit (suffix, final norm, embeddings, head), and two blocks below it."""
+    sizes = {name: _MASTER * math.prod(shape) for name, shape in spec.parameter_shapes().items()}
+    below = [0] * spec.suffix_start
+    root = 0
+    for name, size in sizes.items():
+        parts = name.split(".")
+        if parts[0] == "layers" and int(parts[1]) < spec.suffix_start:
+            below[int(parts[1])] += size
+        else:
+            root += size
+    return float(root + sum(sorted(below)[-2:]))
