@@ -25,7 +25,12 @@ def meta_step(monkeypatch):
 
 @pytest.fixture
 def naive_step(meta_step):
-    return importlib.import_module("naive_step")
+    return importlib.import_module("step.naive")
+
+
+@pytest.fixture
+def policies(meta_step):
+    return importlib.import_module("step.policies")
 
 
 def test_every_arm_is_measured_and_every_exact_arm_compared(meta_step, tmp_path, capsys):
@@ -67,7 +72,7 @@ def test_an_arm_that_does_not_fit_is_left_out(meta_step, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(meta_step, "check_short", lambda _: [])
-    monkeypatch.setattr(meta_step, "naive_loss", full)
+    monkeypatch.setattr(importlib.import_module("step.bench"), "naive_loss", full)
     assert meta_step.main([*ONCE, "--arms", "dense", "naive", "swa", "--json", str(tmp_path / "out.json")]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert [arm["failure"] for arm in record["contexts"][0]["arms"]] == [None, "out of memory", None]
@@ -87,6 +92,30 @@ def test_the_naive_step_has_the_gradients_of_the_engine(naive_step, recompute, c
 
 
 @pytest.mark.parametrize("target, most", [(-1, None), (0, 0), (34, 3), (35, 3), (99, 9), (1000, 10)])
-def test_the_search_finds_the_most_that_fits(meta_step, target, most):
+def test_the_search_finds_the_most_that_fits(policies, target, most):
     """Ten chunks; the first are free, because the peak lies elsewhere."""
-    assert meta_step.most_kept(lambda kept: max(0, 11 * kept), target, 10, 9.0) == most
+    assert policies.most_kept(lambda kept: max(0, 11 * kept), target, 10, 9.0) == most
+
+
+@pytest.mark.parametrize(
+    "arm, says",
+    [
+        ("dense:keep", "dense accepts no policy except recompute"),
+        ("swa:fill", "swa accepts no policy except recompute"),
+        ("naive:keep", "naive takes no policy"),
+        ("engine:all", "except recompute, keep, factors, two_level, offload, equal_memory, fill"),
+        ("sparse", "expected KIND or KIND:POLICY with KIND one of dense, swa, "),
+    ],
+)
+def test_an_unknown_arm_is_told_what_its_kind_accepts(meta_step, arm, says):
+    with pytest.raises(SystemExit, match=f"--arms: got '{arm}', .*{says}"):
+        meta_step.main([*ONCE, "--arms", arm, "--memory-gib", "1"])
+
+
+def test_the_dense_network_has_the_weights_of_the_other_but_no_prime_mlp(meta_step):
+    arguments = meta_step.parse(ONCE)
+    bench = meta_step.Bench(arguments, meta_step.sizes_of(arguments), meta_step.Cpu())
+    every = dict(bench.decoder.named_parameters())
+    dense = dict(bench.dense.decoder.named_parameters())
+    assert dense.keys() == {name for name in every if "prime" not in name} < every.keys()
+    assert all(p is every[name] for name, p in dense.items())

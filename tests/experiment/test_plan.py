@@ -104,7 +104,8 @@ def test_the_demos_memory_is_that_of_a_real_step(name, arguments, engine):
 @pytest.mark.parametrize(
     "name, storage",
     [
-        *(("B2", storage) for storage in ("every", "factors", "two_level", "offload")),
+        ("B2", "every"),
+        ("B2", "offload"),
         ("C", "factors"),
         ("C", "two_level"),
     ],
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_said_with_a_setting_that_does(printed):
     text = printed("--device=h100", "--memory-gib=0.2")
     assert re.search(r"within 90% of 0.2 GiB +yes +NO +NO|within 90% of 0.2 GiB +NO +NO +NO", text)
     assert "This run does not fit with" in text
-    assert "Least work that fits: --model.engine.recompute_blocks true" in text
+    assert "Least work that fits: --model.engine.recompute_blocks" in text
 
 
 def test_a_budget_in_hours_is_planned_in_tokens_of_the_expected_rate(printed):

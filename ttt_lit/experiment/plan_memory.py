@@ -22,8 +22,6 @@ from ttt_lit.ttt.settings import EngineConfig, FastWeightStorage
 _MASTER = 4
 # From the third chunk on, one more is like the one before it.
 _REHEARSED = (3, 4)
-# A chunk's adjoint still holds the cotangents of the one before. Where every copy is kept, one is free by then.
-_LINGERING = 1
 _PLAIN = EngineConfig(fast_weights="every", residual_gib=0.0, compile=False)
 
 
@@ -163,25 +161,20 @@ def _stored(spec: ModelSpec, plan: StagePlan, storage: FastWeightStorage, settin
     if storage == "two_level":
         stretch = math.isqrt(most) + 1
         kept = math.ceil(chunks / stretch) - 1
-        forward, suffix = kept + 1, kept + stretch - 1 + _LINGERING
-    elif (
-        storage == "factors"
-    ):  # the last copy, from which all others are rebuilt, stays; two steps are undone at the peak
-        forward, suffix = 1, 3 + _LINGERING
+        forward, suffix = kept + 1, kept + stretch - 1
+    elif storage == "factors":  # two steps are undone at the peak
+        forward, suffix = 1, 2
         steps = (most, max(0, most - 2))
     elif storage == "offload" and not setting.on_cpu:
-        forward, suffix = 1, 2 + _LINGERING
+        forward, suffix = 1, 2
     copy, factors = _copy(spec, plan), _factors(spec, plan, setting)
     return Peaks(min(most, forward) * copy + steps[0] * factors, min(most, suffix) * copy + steps[1] * factors, 0)
 
 
 def _factors(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
-    """Bytes of one step's factors: the input of gate and up in the stream's dtype, the rest as products come."""
-    numbers = 0
-    for index in spec.ttt_layers:
-        width = _fast_width(spec, index)
-        numbers += _MASTER * spec.hidden_size + setting.number_bytes * (3 * width + spec.hidden_size)
-    return plan.sequences * plan.chunk * numbers
+    """Bytes of one step's factors, as products take and give them."""
+    numbers = sum(3 * _fast_width(spec, index) + 2 * spec.hidden_size for index in spec.ttt_layers)
+    return plan.sequences * plan.chunk * numbers * setting.number_bytes
 
 
 def _kept_products(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> float:

@@ -78,8 +78,12 @@ def _note(kernel: Kernel) -> None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _installed(package: str) -> bool:
+    return _found(package)
+
+
+@functools.cache
+def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 

@@ -22,6 +22,7 @@ afterwards, and it spares the kernels three strides for each of up to sixteen ma
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +41,23 @@ class Tile:
     walked: int
     num_warps: int
     num_stages: int
+    shared_kib: int = 99
+    """Shared memory that a GPU must give to one program. 99 KiB is what every GPU from sm_80 on has."""
 
 
-# Not tuned: no GPU was at hand. What the compiler says for bfloat16 on sm_80, sm_86, sm_90, sm_100 and sm_120 (Triton 3.9.0): every kernel
-# fits the 99 KiB of shared memory that all of them have, and a thread spills at most 240 bytes of registers, in the dual kernels 24. Those
-# hold up to seven operands and four sums, hence their smaller tiles. By PADDED_DIM.
-_TILES = {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 16, 8, 2)}
-_DUAL_TILES = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 1)}
+# The best first, the last one fits everywhere; by PADDED_DIM. For 128 the first were the fastest of five and six on an H200 in bfloat16, at
+# 1,024 queries, 9,215 keys and window 8,192; the rest is not tuned. The dual kernels hold up to seven operands and four sums, hence their
+# smaller tiles. The last ones spill at most 240 bytes of registers a thread (Triton 3.9.0), in the dual kernels 24.
+_TILES = {
+    64: (Tile(64, 64, 4, 2),),
+    128: (Tile(64, 64, 4, 3, 227), Tile(64, 32, 4, 2)),
+    256: (Tile(32, 16, 8, 2),),
+}
+_DUAL_TILES = {
+    64: (Tile(32, 32, 4, 2),),
+    128: (Tile(32, 64, 4, 2, 227), Tile(32, 32, 8, 2)),
+    256: (Tile(16, 16, 8, 1),),
+}
 # Exact float32 products run outside the tensor cores and unroll into registers: it is there to be compared with, not to be fast. At
 # D = 256 the dual kernels need 129 KiB of shared memory, which A100 and H100 have.
 _FLOAT32_TILE = Tile(16, 16, 8, 1)
@@ -152,10 +163,20 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _tile(by_padded_dim: dict[int, Tile], q: Tensor) -> Tile:
+def _tile(by_padded_dim: dict[int, tuple[Tile, ...]], q: Tensor) -> Tile:
     if q.dtype == torch.float32:
         return _FLOAT32_TILE
-    return by_padded_dim[max(64, _padded(q.shape[3]))]
+    tiles = by_padded_dim[max(64, _padded(q.shape[3]))]
+    return next((tile for tile in tiles if tile.shared_kib <= _shared_kib(q.device)), tiles[-1])
+
+
+@functools.cache
+def _shared_kib(device: torch.device) -> int:
+    """What one program may have; 0 where there is no GPU, in Triton's interpreter."""
+    if device.type != "cuda":
+        return 0
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(found["max_shared_mem"]) // 1024
 
 
 def _lengths(q: Tensor, k: Tensor, window: int | None) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 def wide_matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ y as ``dtype``, for two or three dimensions and operands of one dtype. Autocast does not reach it."""
+    assert x.dtype == y.dtype, f"products of {x.dtype} and {y.dtype}"
     with without_autocast(x.device.type):
         if x.dtype == dtype:
             return x @ y

@@ -109,7 +109,8 @@ def fast_mlp(x: Dual, fast: FastMLP, activation: Activation, products: Products)
     gate, up = (products.fast(x, *of) for of in zip(fast.weights[:2], directions[:2], probes[:2], strict=True))
     inner = _gated(gate, up, activation)
     out = products.fast(inner, fast.weights.down, directions[2], probes[2])
-    return out, (x.value, inner.value)
+    # As the products saw them: autocast has rounded the input.
+    return out, (x.value.to(gate.value.dtype), inner.value)
 
 
 def _stacked(x: Dual) -> Tensor | None:

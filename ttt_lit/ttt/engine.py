@@ -210,6 +210,7 @@ def _adjoint(
         )
         adjoint = _summed(adjoint, d_fast) if adjoint else d_fast
         after = fast
+        del direction, d_fast  # a copy of the fast weights each
     for i, mlp in parameters.fast.items():  # every sequence starts from the same W_0
         for name, cotangent in zip(_fast_names(mlp), adjoint[i], strict=True):
             sums.add((i, name), cotangent.sum(0))

@@ -81,7 +81,7 @@ class _Factors:
 
     def load(self, chunk: int) -> FastWeights:
         if chunk == self._last[0]:
-            self._current = self._last
+            self._current, self._last = self._last, (-1, {})
         elif chunk == 0:  # exact, whatever rounding the undone steps have left
             self._current = (0, self._first)
         else:
