@@ -114,5 +114,23 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_result(monkeypatch
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda _: None)
+    compiled._missing_compiler.cache_clear()
     assert "triton is not installed" in compiled._missing_compiler("cuda")
     assert "no C++ compiler" in compiled._missing_compiler("cpu")
+    compiled._missing_compiler.cache_clear()
+
+
+@pytest.mark.slow
+def test_every_kind_of_layer_has_a_limit_of_variants_of_its_own(monkeypatch):
+    """Two shapes with evaluation between make about 35 variants of the three kinds in this suffix; beyond a limit torch stops the run."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(compiled, "_VARIANTS", 24)
+    decoder = decoder_of(ttt_layer(window=7), ttt_layer(window=7), LayerSpec(window=7), ttt_layer(window=7))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for batch, length in ((3, 13), (1, 21)):
+            tokens = random_tokens(batch, length)
+            scan(decoder, tokens, engine=COMPILED).loss.backward()
+            with torch.no_grad():
+                got = scan(decoder, tokens, engine=COMPILED).token_nll
+            torch.testing.assert_close(got, scan(decoder, tokens).token_nll, rtol=1e-10, atol=1e-10)
+    torch._dynamo.reset()

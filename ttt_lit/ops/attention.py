@@ -27,8 +27,8 @@ kernels_that_ran: set[str] = set()
 """What this process has used so far, for the run record."""
 
 _HALF = (torch.float16, torch.bfloat16)
-# Triton's tiles are powers of two, and larger heads leave no room for seven operands.
-_TRITON_HEADS = range(16, 257)
+# Triton's tiles are powers of two, and larger heads leave no room for seven operands: exact float32 ones least of all.
+_TRITON_HEADS = {torch.float32: range(16, 129), torch.float16: range(16, 257), torch.bfloat16: range(16, 257)}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
@@ -67,7 +67,7 @@ def choose_kernel(
             return "flash"
         if window is None:
             return "sdpa"
-    if cuda and dtype != torch.float64 and head_dim in _TRITON_HEADS and _installed("triton"):
+    if cuda and head_dim in _TRITON_HEADS.get(dtype, ()) and _installed("triton"):
         return "triton"
     return "tiled"
 

@@ -10,18 +10,20 @@ import functools
 import importlib.util
 import os
 import shutil
+import types
 import warnings
 
 import torch
 
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.ops.attention import kernels_that_ran
-from ttt_lit.ttt.chunk import RunLayer, run_layer
+from ttt_lit.ttt.chunk import LayerInput, LayerKind, LayerResult, RunLayer, Weights, run_layer
+from ttt_lit.ttt.dual import Dual
 
 BACKEND = "inductor"
-# A layer's function is compiled with and without tangents, graph, carried keys and known results: more than torch's default of 8
-# variants, beyond which it would go on uncompiled without a word.
-_VARIANTS = 64
+# Each kind of layer is compiled with and without tangents, graph, carried keys and known results, and for several batch sizes and
+# lengths of the past. Beyond torch's default of 8 variants a run would stop.
+_VARIANTS = 256
 
 
 def wants_compilation(setting: bool | None, device: torch.device) -> bool:
@@ -37,27 +39,46 @@ def wants_compilation(setting: bool | None, device: torch.device) -> bool:
     return False
 
 
-@functools.cache
-def compiled_layer(backend: str) -> RunLayer:
-    """``run_layer``, compiled for each kind of layer and shape at its first use."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    kernels_that_ran.add("torch.compile")
-    return torch.compile(run_layer, backend=backend, fullgraph=True)
-
-
 def layer_runner(setting: bool | None, device: torch.device) -> RunLayer:
     """``run_layer`` or its compiled form."""
-    return compiled_layer(BACKEND) if wants_compilation(setting, device) else run_layer
+    return _run_compiled if wants_compilation(setting, device) else run_layer
+
+
+def _run_compiled(kind: LayerKind, weights: Weights, x: Dual, given: LayerInput) -> LayerResult:
+    return _compiled_layer(BACKEND, kind)(kind, weights, x, given)
+
+
+@functools.cache
+def _compiled_layer(backend: str, kind: LayerKind) -> RunLayer:
+    """``run_layer`` for one kind of layer, compiled for each shape at its first use."""
+    _raise_limits()
+    kernels_that_ran.add("torch.compile")
+    # torch keeps the variants with the code object, which all kinds would share: each gets one of its own.
+    code = run_layer.__code__.replace(co_name=f"run_layer_{len(_kinds)}")
+    _kinds.append(kind)
+    own = types.FunctionType(code, run_layer.__globals__, code.co_name, run_layer.__defaults__, run_layer.__closure__)
+    return torch.compile(own, backend=backend, fullgraph=True)
+
+
+_kinds: list[LayerKind] = []
+
+
+def _raise_limits() -> None:
+    """For the whole process: torch has no limit per function."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _VARIANTS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * _VARIANTS)
 
 
 def compile_blocks(decoder: Decoder) -> None:
     """Compile what reads whole sequences, once, in place. Only ``forward``: hooks of a sharded block stay outside."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    _raise_limits()
     for index in range(decoder.spec.num_layers):
         block = decoder.block(index)
         block.forward = torch.compile(block.forward, backend=BACKEND)  # type: ignore[method-assign]
 
 
+@functools.cache
 def _missing_compiler(device: str) -> str | None:
     if BACKEND != "inductor":
         return None

@@ -42,6 +42,10 @@ def read_suffix(
 
     ``exact``: the outer gradient differentiates through the updates; else they are constants to it.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the inner loop takes gradients, which torch.inference_mode forbids: use torch.no_grad() instead"
+        )
     reading = Reading(
         decoder,
         targets,
@@ -146,6 +150,7 @@ def _sweep(
         if kept is not None:
             kept.steps.append(step)
             kept.store.save(chunk.number + 1, fast, (factors, step.rate))
+        del factors  # not to be alive beside the next chunk's
     nll = torch.cat(losses, dim=1)
     return nll, torch.stack(lengths) if lengths else nll.new_zeros(0, nll.shape[0]), fast
 
@@ -205,12 +210,13 @@ def _adjoint(
         direction = None
         if exact and not chunk.is_last:
             direction = step_adjoint(adjoint, fast, after, kept.steps[chunk.number])
+        after = {}
         d_x[:, chunk.span], d_fast = reading.chunk_adjoint(
             chunk, x, slow, fast, direction, d_nll[:, chunk.span], carried, sums
         )
         adjoint = _summed(adjoint, d_fast) if adjoint else d_fast
         after = fast
-        del direction, d_fast  # a copy of the fast weights each
+        del fast, direction, d_fast  # a copy of the fast weights each
     for i, mlp in parameters.fast.items():  # every sequence starts from the same W_0
         for name, cotangent in zip(_fast_names(mlp), adjoint[i], strict=True):
             sums.add((i, name), cotangent.sum(0))

@@ -162,7 +162,7 @@ class Reading:
                 seed=1 / self._chunk,
                 d_head=sums.running(HEAD, head) if head.requires_grad else None,
             )
-        self._products.pop(chunk.number, None)
+        self._forget(chunk)
         outputs = [(out, c) for out, c in zip(hidden, cotangents, strict=True) if out is not None and c is not None]
         if not chunk.is_last:
             outputs += self._asked_by_later_chunks(chunk, results, carried)
@@ -270,6 +270,12 @@ class Reading:
             if size <= self._bytes_left:
                 self._bytes_left -= size
                 self._products[chunk.number] = made
+
+    def _forget(self, chunk: Chunk) -> None:
+        """What spared the adjoint computation is of no further use."""
+        self._products.pop(chunk.number, None)
+        for i in self._kinds:
+            self._attended.pop((chunk.number, i), None)
 
     def _probes(self, weights: MLPWeights, x: Tensor) -> MLPWeights:
         """Zeros without memory, one for the output of each product."""

@@ -50,7 +50,7 @@ class _Every:
 
 
 class _Offload:
-    """Each chunk's copy on the host, but for W_0. The copy to the host overlaps with the next chunk where memory can be pinned."""
+    """Each chunk's copy on the host, but for W_0. Copies wait in the queue of the computation; pinned memory makes them fast."""
 
     def __init__(self) -> None:
         self._kept: dict[int, FastWeights] = {}

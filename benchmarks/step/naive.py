@@ -1,6 +1,6 @@
 """Meta-gradients as a port writes them first: one autograd graph over all chunks, and gradients of gradients by autograd.
 
-It reads the modules of a Decoder and is exact, so it is what ``meta_step.py`` measures the engine against. Nothing to run here.
+It reads the modules of a Decoder and is exact, so it is what ``meta_step.py`` measures the engine against.
 Whole sequences go through PyTorch's fused attention, with a mask of T × T where there is a window. The layers from the lowest TTT layer up
 read one chunk after the other, with explicit softmax, because the fused kernels have no second derivative. B, T, C, D as in
 docs/method.md.

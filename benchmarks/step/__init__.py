@@ -1,0 +1,1 @@
+"""The parts of ``meta_step.py``, one subject each. Nothing to run here."""

@@ -1,0 +1,76 @@
+"""All arms at one context, taking turns."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from step.arms import Arm, make_arms
+from step.bench import Bench
+from step.checks import Reference
+from step.console import say
+from step.policies import settle
+
+
+def attempt(bench: Bench, arm: Arm, action: Callable[[Arm], object]) -> None:
+    """An arm that does not fit is out, and the others go on."""
+    if arm.failure is not None:
+        return
+    try:
+        action(arm)
+    except torch.OutOfMemoryError:
+        arm.failure = "out of memory"
+    # After the handler: until then the traceback keeps the tensors alive.
+    if arm.failure is not None:
+        bench.clear()
+
+
+def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
+    """All arms at one context, and the name of the arm that gradients were compared with."""
+    arguments = bench.arguments
+    bench.draw(context)
+    if bench.compiled:
+        # Or the second context would be compiled for lengths that vary.
+        torch._dynamo.reset()
+    arms = make_arms(arguments.arms, arguments.policy)
+    references: list[Reference] = []
+
+    def first(arm: Arm) -> None:
+        settle(bench, arm, arms)
+        if arm.failure is None:
+            _warm_up(bench, arm, references)
+            arm.peak = bench.peak(arm)
+
+    for arm in arms:
+        say(f"{context:,} tokens: {arm.name}, first step, check and memory")
+        attempt(bench, arm, first)
+    for number in range(arguments.rounds):
+        turn = number % len(arms)
+        for arm in arms[turn:] + arms[:turn]:
+            say(f"{context:,} tokens: round {number + 1} of {arguments.rounds}, {arm.name}")
+            attempt(bench, arm, lambda arm: _time(bench, arm))
+            arm.seconds += [None] * (number + 1 - len(arm.seconds))
+    bench.clear()
+    return arms, references[0].name if references else None
+
+
+def _warm_up(bench: Bench, arm: Arm, references: list[Reference]) -> None:
+    losses: list[Tensor] = []
+    bench.prepare(arm)
+    arm.first_seconds = bench.device.timed(lambda: losses.append(bench.step(arm)))
+    if arm.mode == "meta":
+        loss, gradients = losses[0].item(), bench.take_gradients()
+        if references:
+            arm.error = references[0].require(arm.name, loss, gradients)
+        else:
+            references.append(Reference(arm.name, loss, gradients, bench.precision))
+    for _ in range(bench.arguments.warmup - 1):
+        bench.prepare(arm)
+        bench.step(arm)
+    bench.decoder.zero_grad(set_to_none=True)
+
+
+def _time(bench: Bench, arm: Arm) -> None:
+    bench.prepare(arm)
+    arm.seconds.append(bench.device.timed(lambda: bench.step(arm)))
+    bench.decoder.zero_grad(set_to_none=True)
