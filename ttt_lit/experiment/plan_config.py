@@ -126,14 +126,16 @@ def _origin(init_from: str, shape: str | None) -> tuple[Origin, str]:
 
 
 def _devices(configured: Any) -> int:
-    """As Lightning reads them: a number, or ids. ``auto`` and −1 are decided where the run starts: ValueError, since a plan is of a number."""
+    """As Lightning reads them: a number, or ids. ValueError for ``auto`` and −1, which are decided where the run starts."""
     if isinstance(configured, list):
         return len(configured)
     ids = [one for one in str(configured).split(",") if one]
     if len(ids) > 1:
         return len(ids)
     if not ids[0].isdigit() or ids[0] == "0":
-        raise ValueError(f"trainer.devices: got {configured}, which depends on the machine; say how many with --trainer.devices N")
+        raise ValueError(
+            f"trainer.devices: got {configured}, which depends on the machine; say how many with --trainer.devices N"
+        )
     return int(ids[0])
 
 
