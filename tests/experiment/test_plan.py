@@ -208,6 +208,10 @@ def test_a_cpu_has_no_published_peak(printed):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (
+            [f"--shape={SHAPE}", "--trainer.devices=auto"],
+            "trainer.devices: got auto, which depends on the machine; say how many",
+        ),
         (["--shape=nowhere.json"], "--shape: nowhere.json does not exist"),
         (
             ["--model.start.init_from=nowhere"],

@@ -130,6 +130,11 @@ def test_evaluation_works_under_inference_of_frozen_weights(mode):
         torch.testing.assert_close(scan(decoder, tokens, mode=mode).token_nll, expected, rtol=0, atol=ROUNDING)
 
 
+def test_inference_mode_is_refused_with_what_to_use_instead():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad\(\) instead"):
+        scan(random_decoder(tiny_spec()), random_tokens(1, 9))
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_what_is_kept_and_what_is_computed_again_changes_nothing(name):
     """Up to the rounding of sums that are taken in another order, and of fast weights that are rebuilt."""
