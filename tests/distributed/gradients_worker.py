@@ -73,6 +73,10 @@ def main(output: str, arguments: list[str]) -> None:
         sharded = sum(hasattr(p, "full_tensor") for p in parts.module.model.parameters())
         history = parts.module.history.state_dict()
         torch.save({"steps": spy.steps, "sharded": sharded, "history": history, "final": final}, Path(output))
+    if torch.distributed.is_initialized():
+        # A rank that leaves with its group's threads running may be ended by them (seen once on a busy machine).
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
