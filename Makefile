@@ -1,6 +1,8 @@
-# make demo   install, then watch a pretrained dense model become a TTT-E2E model (about 9 minutes on 2 CPU cores)
-# make test   install if needed, then run the tests
-# make check  lint, formatting, types, layering
+# make demo             install, then watch a pretrained dense model become a TTT-E2E model (about 9 minutes on 2 CPU cores)
+# make matrix-demo      all ten arms of both families at demo size, then the report (at most 90 minutes on 2 CPU cores)
+# make matrix-wallclock the same for Qwen's bridge at shares of the baseline's GPU-hours, then the report (about 15 minutes more)
+# make test             install if needed, then run the tests
+# make check            lint, formatting, types, layering
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,9 +13,12 @@ INSTALLED := .venv/.installed
 DEMO := artifacts/demo
 EXTERNAL := runs/demo_external/demo
 BRIDGE := runs/q_p1_bridge/demo
+GEMMA := artifacts/demo_gemma
+GEMMA_EXTERNAL := runs/demo_gemma_external/demo
+REPORT := reports/demo
 CLI := $(BIN)/python cli.py
 
-.PHONY: help install demo test check format clean-demo
+.PHONY: help install demo matrix-demo matrix-wallclock test check format clean-demo
 .DELETE_ON_ERROR:
 
 help:
@@ -59,7 +64,36 @@ $(DEMO)/external/config.json: | $(EXTERNAL)/checkpoints/A/checkpoint.json
 
 $(DEMO)/checkpoint/checkpoint.json: | $(DEMO)/external/config.json
 	@echo "[5/6] Importing it: audit, and parity with transformers (about 15 seconds)"
-	@$(CLI) import --source $(DEMO)/external --output $(DEMO)/checkpoint
+	@$(CLI) import --source $(DEMO)/external --output $(DEMO)/checkpoint --trained-by $(EXTERNAL)
+
+matrix-demo: $(INSTALLED) $(DEMO)/checkpoint/checkpoint.json $(DEMO)/data/long/manifest.json $(GEMMA)/checkpoint/checkpoint.json
+	@$(CLI) matrix --config configs/matrix/demo.yaml
+	@$(CLI) report runs --output $(REPORT)
+
+matrix-wallclock: matrix-demo
+	@$(CLI) matrix --config configs/matrix/demo_wallclock.yaml
+	@$(CLI) report runs --output $(REPORT)
+
+# Gemma's external model comes about like Qwen's, in tokens of its own kind.
+$(GEMMA)/data/short/manifest.json: | $(INSTALLED)
+	@echo "Gemma [1/5] Standard library of this Python in tokens of Gemma's kind (about 40 seconds)"
+	@$(CLI) prepare --config configs/data/gemma_stdlib.yaml
+
+$(GEMMA)/data/long/manifest.json: | $(GEMMA)/data/short/manifest.json
+	@echo "Gemma [2/5] Long documents, same split and tokenizer (about 15 seconds)"
+	@$(CLI) prepare --config configs/data/gemma_stdlib_long.yaml
+
+$(GEMMA_EXTERNAL)/checkpoints/A/checkpoint.json: | $(GEMMA)/data/long/manifest.json
+	@echo "Gemma [3/5] Training the external model from nothing (about 3 minutes)"
+	@$(CLI) fit --config configs/demo_gemma/pretrain.yaml
+
+$(GEMMA)/external/config.json: | $(GEMMA_EXTERNAL)/checkpoints/A/checkpoint.json
+	@echo "Gemma [4/5] Exporting it as a Hugging Face folder (seconds)"
+	@$(CLI) export --checkpoint $(GEMMA_EXTERNAL)/checkpoints/A --output $(GEMMA)/external
+
+$(GEMMA)/checkpoint/checkpoint.json: | $(GEMMA)/external/config.json
+	@echo "Gemma [5/5] Importing it: audit, and parity with transformers (about 15 seconds)"
+	@$(CLI) import --source $(GEMMA)/external --output $(GEMMA)/checkpoint --trained-by $(GEMMA_EXTERNAL)
 
 test: $(INSTALLED)
 	@echo "Running the tests: at most 10 minutes on 2 cores"
@@ -77,5 +111,5 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format --quiet .
 
 clean-demo:
-	@echo "Removing what make demo made"
-	@rm -rf $(DEMO) $(EXTERNAL) $(BRIDGE)
+	@echo "Removing what make demo and make matrix-demo made"
+	@rm -rf $(DEMO) $(GEMMA) $(REPORT) runs/*/demo runs/*/demo-*

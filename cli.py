@@ -51,10 +51,20 @@ def _import(arguments: list[str]) -> int:
         default=True,
         help="compare the logits with transformers; off only for models that do not fit into memory",
     )
+    parser.add_argument(
+        "--trained-by",
+        metavar="RUN",
+        help="folder or record.json of the run that trained the source, if there is one: its GPU-hours are counted as a parent's",
+    )
     given = parser.parse_args(arguments)
     from ttt_lit.checkpoint.importing import import_checkpoint
 
-    import_checkpoint(given.source, given.output, allow=given.allow, parity=given.parity)
+    trained_by = None
+    if given.trained_by is not None:
+        from ttt_lit.experiment.record import RunRecord
+
+        trained_by = RunRecord.read(Path(given.trained_by)).cost()
+    import_checkpoint(given.source, given.output, allow=given.allow, parity=given.parity, trained_by=trained_by)
     print(f"written to {given.output}")
     return 0
 
@@ -141,6 +151,49 @@ def _plan(arguments: list[str]) -> int:
     return 0
 
 
+def _matrix(arguments: list[str]) -> int:
+    """Train every run of a matrix file, parents first; a second start continues it."""
+    parser = argparse.ArgumentParser(
+        prog="cli.py matrix",
+        description=_matrix.__doc__,
+        allow_abbrev=False,
+        epilog="Runs that are finished are skipped, those that were cut off are continued, diverged ones are shown and left alone. "
+        "Exit status 0: every run is finished. docs/matrix.md describes the file.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="matrix file, e.g. configs/matrix/demo.yaml")
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="processes here (default), or jobs of a cluster"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time; default: 1 on this machine, all that may start on slurm"
+    )
+    parser.add_argument("--root", metavar="FOLDER", help="folder of all runs; default: as configured")
+    parser.add_argument("--dry-run", action="store_true", help="print commands, budgets, expected GPU-hours and memory")
+    planner = parser.add_argument_group("with --dry-run, as for cli.py plan")
+    planner.add_argument("--shape", metavar="FILE", help="Hugging Face config.json, in place of every run's start")
+    planner.add_argument("--device", help="h100, h200 (default), a100, b200, l40s or cpu")
+    planner.add_argument("--devices", type=int, help="how many for each run; default: as configured")
+    planner.add_argument(
+        "--utilisation", type=float, default=0.4, help="assumed share of the peak (default: %(default)s)"
+    )
+    planner.add_argument("--peak-tflops", type=float, help="in place of the published peak")
+    planner.add_argument("--memory-gib", type=float, help="in place of the published memory")
+    given = vars(parser.parse_args(arguments))
+    dry_run = given.pop("dry_run")
+    launched = {key: given.pop(key) for key in ("config", "launcher", "jobs", "root")}
+    from ttt_lit.experiment.launch.command import LaunchOptions, launch_matrix
+
+    options = LaunchOptions(**launched)
+    if dry_run:
+        _refuse_malicious_lightning()
+        from ttt_lit.experiment.launch.dry_run import dry_run as print_plans
+        from ttt_lit.experiment.plan import PlanOptions
+
+        return print_plans(options, PlanOptions(**given))
+    program = (sys.executable, str(Path(__file__).resolve()))
+    return launch_matrix(options, program=program, entry="ttt_lit.train.run:fit")
+
+
 def _check_reference(arguments: list[str]) -> int:
     """Golden files of the official implementation: losses and exact gradients."""
     parser = argparse.ArgumentParser(prog="cli.py check-reference", description=_check_reference.__doc__)
@@ -168,6 +221,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "plan": _plan,
     "fit": _fit,
+    "matrix": _matrix,
     "validate": _validate,
     "export": _export,
     "report": _report,

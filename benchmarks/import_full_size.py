@@ -2,8 +2,9 @@
 
     python benchmarks/import_full_size.py [--config CONFIG_JSON] [--dir SCRATCH] [--json FILE]
 
-A random bfloat16 checkpoint of the config's shapes (Qwen2.5-1.5B by default, 3.1 GB) is written to a scratch folder,
-imported in a process of its own and removed. Needs about twice the checkpoint's size on disk.
+A random bfloat16 checkpoint of the config's shapes (Qwen2.5-1.5B by default, 3.1 GB; ``configs/shapes/`` has others, and
+any family will do) is written to a scratch folder, imported in a process of its own and removed. Needs about twice the
+checkpoint's size on disk.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from ttt_lit.checkpoint.importing import audit_headers, import_checkpoint
 from ttt_lit.checkpoint.tensor_files import TensorEntry, write_tensors
 from ttt_lit.families import family_of_config
 
+SHAPES = Path(__file__).parents[1] / "configs/shapes"
 GOALS = {"audit_seconds": 1.0, "import_seconds": 60.0, "peak_gib": 6.0}
 
 
@@ -66,7 +68,7 @@ def run_apart(*arguments: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("qwen2.5-1.5b.json"))
+    parser.add_argument("--config", type=Path, default=SHAPES / "qwen2.5-1.5b.json")
     parser.add_argument(
         "--dir", type=Path, help="where the scratch folder goes; the system's temporary folder by default"
     )

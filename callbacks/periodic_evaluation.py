@@ -8,7 +8,6 @@ import lightning as L
 import torch
 
 from ttt_lit import metrics
-from ttt_lit.train.evaluation import Evaluation
 from ttt_lit.train.module import TTTModule
 
 
@@ -36,7 +35,7 @@ class PeriodicEvaluation(L.Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: TTTModule) -> None:
-        evaluation = Evaluation(module.size.long, has_inner_loop=module.has_inner_loop).to(module.device)
+        evaluation = module.new_evaluation().to(module.device)
         request = module.validation_request(module.validation.subset)
         for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
             with trainer.precision_plugin.val_step_context():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from ttt_lit import metrics
 from ttt_lit.experiment.figures import Curve, save_position_figure
 from ttt_lit.metrics import Inner
+from ttt_lit.train.evaluation import validation_entry
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.position import PositionResult, bucket_means, position_buckets
 
@@ -26,7 +26,10 @@ class PositionLossLogger(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         results = module.evaluation.compute()
         stage = module.history.stage(module.plan.name)
-        stage.validations = [self._entry(module, inner, result) for inner, result in results.items()]
+        stage.validations = [
+            validation_entry(inner, result) | {"curve": f"curves/{module.plan.name}_{inner}.npy"}
+            for inner, result in results.items()
+        ]
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / "curves"
@@ -35,25 +38,6 @@ class PositionLossLogger(L.Callback):
             np.save(folder / f"{module.plan.name}_{inner}.npy", result.curve.numpy())
             self._log(trainer, inner, result)
         self._picture(Path(trainer.default_root_dir), module)
-
-    def _entry(self, module: TTTModule, inner: Inner, result: PositionResult) -> dict[str, Any]:
-        context = module.size.long
-        buckets = position_buckets(context)
-        means = bucket_means(result.curve, buckets)
-        return {
-            "inner": inner,
-            "context": context,
-            "nats_per_token": result.nats_per_token,
-            "bits_per_byte": result.bits_per_byte,
-            "blocks": result.blocks,
-            "tokens": result.tokens,
-            "bytes": result.num_bytes,
-            "buckets": [
-                {"start": start, "stop": stop, "nats_per_token": mean}
-                for (start, stop), mean in zip(buckets, means, strict=True)
-            ],
-            "curve": f"curves/{module.plan.name}_{inner}.npy",
-        }
 
     def _log(self, trainer: L.Trainer, inner: Inner, result: PositionResult) -> None:
         if trainer.logger is None:

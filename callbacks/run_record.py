@@ -18,6 +18,7 @@ from ttt_lit.experiment import record as schema
 from ttt_lit.ops.attention import kernels_that_ran
 from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
+from ttt_lit.train.origin import parents
 from ttt_lit.train.stages import StagePlan
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "litdata", "safetensors", "numpy")
@@ -78,10 +79,15 @@ class RunRecorder(L.Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        start, (experiment, run_id) = module.start, module.run_name
+        start, run = module.start, module.run
         record = schema.RunRecord(
-            run_id=run_id,
-            experiment=experiment,
+            run_id=run.id,
+            experiment=run.experiment,
+            role=run.role,
+            variant=run.variant,
+            share=run.share,
+            seed=module.start_config.seed,
+            headline=module.headline,
             status=status,
             reason=reason,
             started=self.started,
@@ -89,26 +95,26 @@ class RunRecorder(L.Callback):
             config=module.run_config,
             start=schema.Start(
                 source=module.start_config.init_from if module.start_config.init == "checkpoint" else None,
+                weights_hash=start.origin.weights_hash,
                 lineage=[vars(step) for step in start.origin.lineage],
                 receipt=start.receipt.counts(),
             ),
             model=schema.Model(
+                family=start.origin.family,
                 num_parameters=start.spec.num_parameters(),
                 num_layers=start.spec.num_layers,
                 ttt_layers=list(start.spec.ttt_layers),
                 spec=json.loads(start.spec.to_json()),
             ),
+            data=_data(module),
             environment=_environment(trainer, module),
             git=_git(),
+            start_validation=_validation(begun) if (begun := module.history.start_validation) is not None else None,
             stages=[self._stage(module, plan) for plan in module.plans],
             evaluations=[schema.EvaluationPoint(**point) for point in module.history.evaluations],
             totals=_spent(module.ledger.total()),
             unigram_entropy=self.unigram_entropy,
-            parents=[
-                f"{step.parameters['experiment']}/{step.parameters['run']}"
-                for step in start.origin.lineage
-                if step.operation == "fit"
-            ],
+            parents=[schema.Parent(**parent) for parent in parents(start.origin.lineage)],
         )
         record.write(Path(trainer.default_root_dir) / schema.RECORD_NAME)
 
@@ -134,10 +140,8 @@ class RunRecorder(L.Callback):
             stage.train_loss_first = seen.losses[0]
             stage.train_loss_mean = sum(seen.losses) / len(seen.losses)
             stage.train_loss_last_tenth = sum(last) / len(last)
-        stage.validations = [
-            schema.Validation(**entry | {"buckets": [schema.Bucket(**bucket) for bucket in entry["buckets"]]})
-            for entry in seen.validations
-        ]
+            stage.train_losses, stage.train_gpu_seconds = list(seen.losses), list(seen.gpu_seconds)
+        stage.validations = [_validation(entry) for entry in seen.validations]
         if seen.norm_range:
             by_chunk = seen.update_norm_by_chunk
             low, high, last_norm = seen.norm_range
@@ -160,6 +164,21 @@ class RunRecorder(L.Callback):
                 peak_memory_gib=seen.peak_gib or None,
             )
         return stage
+
+
+def _validation(entry: dict[str, Any]) -> schema.Validation:
+    buckets = [schema.Bucket(**bucket) for bucket in entry["buckets"]]
+    documents = [schema.Document(**document) for document in entry["documents"]]
+    return schema.Validation(**entry | {"buckets": buckets, "documents": documents})
+
+
+def _data(module: TTTModule) -> schema.Data:
+    reads_short = any(plan.config.context == "short" for plan in module.plans)
+    return schema.Data(
+        tokenizer=module.start.origin.tokenizer_hash,
+        short=module.datamodule.identity("short") if reads_short else None,
+        long=module.datamodule.identity("long"),
+    )
 
 
 def _transition(proof: dict[str, Any], plan: StagePlan) -> schema.Transition:

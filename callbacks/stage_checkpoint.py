@@ -72,15 +72,18 @@ class StageCheckpoint(L.Callback):
         if trainer.is_global_zero:
             if path.exists():
                 shutil.rmtree(path)  # the stage was repeated after an interruption
-            origin = module.start.origin
+            origin, total = module.start.origin, module.ledger.total()
             step = LineageStep(
                 operation="fit",
                 source=Path(module.start_config.init_from).name,
                 source_hash=origin.weights_hash,
                 parameters={
-                    "experiment": module.run_name[0],
-                    "run": module.run_name[1],
+                    "experiment": module.run.experiment,
+                    "run": module.run.id,
                     "stage": module.plan.name,
+                    # What the weights have cost so far: a run that starts from them counts its parents.
+                    "gpu_seconds": round(total.seconds["compute"], 3),
+                    "tokens": total.tokens,
                     # The checkpoint's windows are the stage's; a run that starts from it derives its own stages from these.
                     "imported_windows": [layer.window for layer in module.start.spec.layers],
                 },

@@ -44,7 +44,7 @@ class StepLog(L.Callback):
         report = module.report
         assert report is not None
         stage = module.history.stage(module.plan.name)
-        stage.add_step(report)
+        stage.add_step(report, module.ledger.total().seconds["compute"])
         stage.peak_gib = max(stage.peak_gib, peak_memory_gib(module.device))
         # The bar shows the loss of the whole step over all ranks, not the last micro-batch's.
         module.log("loss", report.loss, prog_bar=True, logger=False, on_step=True, on_epoch=False)

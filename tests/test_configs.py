@@ -2,21 +2,28 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from ttt_lit.families import family_of_config
 from ttt_lit.train.run import assemble
+from ttt_lit.train.run_config import Role
 from ttt_lit.train.stages import plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "data").glob("*.yaml"))}
+ARMS = sorted(path.stem for path in (ROOT / "configs").glob("[gq]_*.yaml"))
+DEMO = {"q": ["configs/size/demo.yaml"], "g": ["configs/size/demo.yaml", "configs/size/demo_gemma.yaml"]}
+EXTERNAL = {"artifacts/demo/": "configs/demo/config.json", "artifacts/demo_gemma/": "configs/demo_gemma/config.json"}
 RUNS = {
     "bridge, full size": ["configs/q_p1_bridge.yaml"],
     "bridge, demo size": ["configs/q_p1_bridge.yaml", "configs/size/demo.yaml"],
+    "bridge, pilot size": ["configs/q_p1_bridge.yaml", "configs/size/pilot.yaml"],
     "demo pretraining": ["configs/demo/pretrain.yaml"],
-}
+    "demo pretraining, Gemma": ["configs/demo_gemma/pretrain.yaml"],
+} | {f"{arm}, demo size": [f"configs/{arm}.yaml", *DEMO[arm[0]]] for arm in ARMS if arm != "q_p1_bridge"}
 
 
 @pytest.fixture(params=RUNS, ids=str)
@@ -38,17 +45,47 @@ def test_a_run_reads_what_some_data_config_makes_for_its_model(parts):
     made = {config["output"]: config for config in DATA.values()}
     start = module.start_config
     tokenizer = start.tokenizer or f"{start.init_from}/tokenizer"
-    external = json.loads((ROOT / "configs/demo/config.json").read_text())
+    read = {plan.context for plan in module.stages.enabled().values()} | {"long"}
     for dataset, context in (("short", module.size.short), ("long", module.size.long)):
+        if dataset not in read:
+            continue
         config = made[folders[dataset]]
         assert config["context"] == context
         assert config["layout"] == ("packed" if dataset == "short" else "per_document")
         # The demo's checkpoint is imported from a model that was trained with the demo's tokenizer.
-        if folders[dataset].startswith("artifacts/demo/"):
-            assert config["tokenizer"] == "artifacts/demo/tokenizer"
-            assert config["train_tokenizer"] == external["vocab_size"]
+        external = next((path for prefix, path in EXTERNAL.items() if folders[dataset].startswith(prefix)), None)
+        if external is not None:
+            assert config["tokenizer"] == f"artifacts/{Path(external).parent.name}/tokenizer"
+            assert config["train_tokenizer"] == json.loads((ROOT / external).read_text())["vocab_size"]
         else:
             assert config["tokenizer"] == tokenizer
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_named_after_its_file_and_knows_its_role(arm):
+    run = yaml.safe_load((ROOT / "configs" / f"{arm}.yaml").read_text())["run"]
+    assert run["experiment"] == arm
+    assert run["role"] in get_args(Role)
+
+
+def test_arms_of_a_comparison_differ_in_nothing_but_start_stages_and_layers():
+    """Budget, steps, optimiser, inner loop and validation are those of base.yaml in every arm."""
+    for arm in ARMS:
+        own = yaml.safe_load((ROOT / "configs" / f"{arm}.yaml").read_text())["model"]
+        assert set(own) <= {"start", "ttt", "stages", "validation"}
+        assert set(own.get("validation", {})) <= {"headline"}
+
+
+@pytest.mark.parametrize(
+    "bridge, scratch", [("q_p1_bridge", "q_ttt_scratch"), ("g_p1_hybrid_preserve", "g_ttt_scratch")]
+)
+def test_the_baseline_has_the_candidates_modules(bridge, scratch):
+    one, other = (
+        yaml.safe_load((ROOT / "configs" / f"{arm}.yaml").read_text())["model"]["ttt"] for arm in (bridge, scratch)
+    )
+    assert {key: value for key, value in one.items() if key != "prime_init"} == {
+        key: value for key, value in other.items() if key != "prime_init"
+    }
 
 
 def test_short_and_long_sets_share_their_split():

@@ -28,6 +28,9 @@ TOKENS_PER_SECOND: Final = "throughput/tokens_per_s"
 SECONDS_PER_1K_TOKENS: Final = "throughput/s_per_1k_tokens"
 FLOP_PER_SECOND: Final = "throughput/flop_per_s"
 PEAK_MEMORY: Final = "memory/peak_gib"
+FINAL_LOSS: Final = "final/loss_nats_per_token"
+FINAL_BITS_PER_BYTE: Final = "final/bits_per_byte"
+FINAL_GPU_HOURS: Final = "final/gpu_hours"
 
 UNITS: Final[dict[str, str]] = {
     TRAIN_LOSS: "nats per token",
@@ -42,6 +45,9 @@ UNITS: Final[dict[str, str]] = {
     SECONDS_PER_1K_TOKENS: "seconds of compute per 1,000 tokens over all devices",
     FLOP_PER_SECOND: "floating-point operations per second by the analytic count, over all devices",
     PEAK_MEMORY: "GiB of rank 0: allocated by the stage on a GPU, resident in the process so far on a CPU",
+    FINAL_LOSS: "nats per token of the held-out long blocks at the end of the run, as its headline says: inner loop on or off",
+    FINAL_BITS_PER_BYTE: "the same in bits per byte of text",
+    FINAL_GPU_HOURS: "device-hours of compute of the whole run",
 }
 """The unit of every fixed name above; names made by the functions below state theirs in their docstring."""
 

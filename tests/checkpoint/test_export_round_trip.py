@@ -2,11 +2,14 @@ import dataclasses
 import io
 import json
 
+import gemma3_folders
 import pytest
 import torch
+from gemma3_folders import gemma3_tensors
+from hf_folders import write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_folders import CONFIG, qwen2_tensors, write_folder
+from qwen2_folders import CONFIG, qwen2_tensors
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -14,6 +17,7 @@ from ttt_lit.checkpoint.export import export_checkpoint
 from ttt_lit.checkpoint.importing import import_checkpoint
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt
 from ttt_lit.checkpoint.store import load_checkpoint, save_checkpoint
+from ttt_lit.families import family_of_config
 from ttt_lit.families.qwen2 import spec_from_config
 from ttt_lit.model.spec import LayerSpec, PrimeSpec
 
@@ -33,7 +37,7 @@ def same_tensors(a, b):
 
 
 @st.composite
-def folders(draw):
+def qwen2_random_folders(draw):
     """config, tensors and number of shards of a random Qwen2 checkpoint."""
     kv, groups, layers = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head = 2 * draw(st.integers(1, 3))
@@ -68,8 +72,39 @@ def folders(draw):
     return config, tensors, draw(st.sampled_from([1, 2]))
 
 
-@settings(deadline=None, max_examples=40)
-@given(folders(), st.sampled_from([10**9, 600]))
+@st.composite
+def gemma3_random_folders(draw):
+    """config, tensors and number of shards of a random Gemma 3 checkpoint."""
+    kv, groups, layers = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    published = gemma3_folders.CONFIG
+    config = {key: published[key] for key in published if key == "model_type" or draw(st.booleans())} | {
+        "vocab_size": draw(st.integers(1, 20)),
+        "hidden_size": kv * groups * draw(st.integers(1, 4)),
+        "intermediate_size": draw(st.integers(1, 10)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": kv * groups,
+        "num_key_value_heads": kv,
+        "head_dim": 2 * draw(st.integers(1, 3)),
+        "query_pre_attn_scalar": draw(st.integers(1, 9)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "sliding_window_pattern": draw(st.integers(1, 6)),
+    }
+    if draw(st.booleans()):
+        kinds = ["full_attention", "sliding_attention"]
+        config["layer_types"] = draw(st.lists(st.sampled_from(kinds), min_size=layers, max_size=layers))
+        for old in ("rope_theta", "rope_local_base_freq", "sliding_window_pattern"):
+            config.pop(old, None)
+        base = st.floats(2.0, 1e7)
+        config["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": draw(base)} for kind in kinds}
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float32]))
+    tensors = gemma3_tensors(config, dtype, seed=draw(st.integers(0, 9)))
+    if config["tie_word_embeddings"] and draw(st.booleans()):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    return config, tensors, draw(st.sampled_from([1, 2]))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.one_of(qwen2_random_folders(), gemma3_random_folders()), st.sampled_from([10**9, 600]))
 def test_hf_to_ours_to_hf_keeps_every_key_bit_and_meaning(tmp_path_factory, folder, shard_bytes):
     config, tensors, shards = folder
     home = tmp_path_factory.mktemp("trip")
@@ -79,7 +114,8 @@ def test_hf_to_ours_to_hf_keeps_every_key_bit_and_meaning(tmp_path_factory, fold
     export_checkpoint(str(home / "ours"), str(home / "back"), shard_bytes=shard_bytes)
     back_config, back_tensors = read_folder(home / "back")
     same_tensors(tensors, back_tensors)
-    assert spec_from_config(back_config) == spec_from_config(config)
+    family = family_of_config(config)
+    assert family.spec_from_config(back_config) == family.spec_from_config(config)
     changed = {key for key in config if back_config.get(key) != config[key]}
     assert changed <= {"torch_dtype"}
 
@@ -132,6 +168,13 @@ def test_a_windowed_model_exports_as_one(hf_folder, tmp_path, quiet):
 def test_prime_mlps_cannot_be_exported(hf_folder, tmp_path, quiet):
     converted(hf_folder, tmp_path, quiet, {"prime": PrimeSpec(intermediate_size=4), "fast": "prime"})
     with pytest.raises(ValueError, match="prime MLPs.*fast weights"):
+        export_checkpoint(str(tmp_path / "converted"), str(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
+def test_attention_sinks_cannot_be_exported(hf_folder, tmp_path, quiet):
+    converted(hf_folder, tmp_path, quiet, {"window": 5, "sink_tokens": 2})
+    with pytest.raises(ValueError, match=r"attention sinks \(layers \[0, 1, 2\]\)"):
         export_checkpoint(str(tmp_path / "converted"), str(tmp_path / "back"))
     assert not (tmp_path / "back").exists()
 

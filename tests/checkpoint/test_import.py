@@ -23,19 +23,27 @@ def refused(folder, tmp_path, quiet, match, **options):
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
+def qwen2_name(name):
+    return f"model.{name}".replace("pre_feedforward_layernorm", "post_attention_layernorm")
+
+
+def gemma3_name(name):
+    return f"model.{name}"
+
+
+@pytest.mark.parametrize("family, their_name", [("qwen2", qwen2_name), ("gemma3", gemma3_name)])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_arrives_bit_for_bit_under_our_names(hf_folder, tmp_path, quiet, shards, tied):
-    folder = hf_folder(shards=shards, tie_word_embeddings=tied)
+def test_every_tensor_arrives_bit_for_bit_under_our_names(hf_folder, tmp_path, quiet, family, their_name, shards, tied):
+    folder = hf_folder(family, shards=shards, tie_word_embeddings=tied)
     checkpoint = run(folder, tmp_path, quiet)
     state = checkpoint.state()
     assert len(state) == len(folder.tensors)
     for name, tensor in state.items():
-        theirs = name.replace("pre_feedforward_layernorm", "post_attention_layernorm")
-        theirs = theirs if name.startswith("lm_head") else f"model.{theirs}"
+        theirs = name if name.startswith("lm_head") else their_name(name)
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, folder.tensors[theirs]), name
-    assert checkpoint.family == "qwen2"
+    assert checkpoint.family == family
     assert [step.operation for step in checkpoint.lineage] == ["import"]
     checkpoint.verify()
 
@@ -101,6 +109,14 @@ def test_missing_extra_and_misshapen_keys_are_all_named(hf_folder, tmp_path, qui
         assert key in str(error.value)
     assert "--allow" in str(error.value)
     assert "(16, 20) instead of (16, 24)" in str(error.value)
+
+
+def test_weights_of_one_family_under_the_config_of_another_are_refused(hf_folder, tmp_path, quiet):
+    """Two norms carry the same name in both families and mean different places; the others tell them apart."""
+    folder = hf_folder("gemma3")
+    config = json.loads((hf_folder(name="qwen", num_hidden_layers=7) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, tmp_path, quiet, "missing: .*q_proj.bias.*q_norm")
 
 
 EXTRA = "model.rotary_emb.inv_freq"

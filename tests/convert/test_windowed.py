@@ -8,7 +8,7 @@ from helpers.tiny import random_decoder, random_tokens, specs, tiny_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lit.convert.windowed import preserves_function, windowed
+from ttt_lit.convert.windowed import preserves_function, windowed, with_windows
 from ttt_lit.model.spec import LayerSpec
 
 
@@ -68,3 +68,79 @@ def test_one_narrowed_layer_is_enough_to_lose_the_promise():
     narrowed = tiny_spec(LayerSpec(window=7), LayerSpec(window=4))
     assert not preserves_function(spec, narrowed, 8)
     assert preserves_function(spec, narrowed, 7)
+
+
+@settings(max_examples=60)
+@given(specs(), st.integers(1, 50), st.integers(0, 9), st.data())
+def test_sinks_are_for_narrowed_layers_and_kept_layers_are_left_alone(spec, window, sinks, data):
+    keep = data.draw(st.sets(st.integers(0, spec.num_layers - 1)))
+    after = windowed(spec, window, sink_tokens=sinks, keep=keep)
+    for index, (old, new, plain) in enumerate(
+        zip(spec.layers, after.layers, windowed(spec, window).layers, strict=True)
+    ):
+        if index in keep or (old.window is not None and old.window <= window):
+            assert new == old
+        else:
+            assert new == dataclasses.replace(plain, sink_tokens=sinks)
+
+
+@settings(max_examples=60)
+@given(specs(ttt=False), st.integers(1, 9), st.integers(0, 9), st.integers(2, 12), st.integers(0, 10**6))
+def test_with_sinks_too_what_is_said_to_preserve_the_function_does(spec, window, sinks, context, seed):
+    after = windowed(spec, window, sink_tokens=sinks)
+    decoder, tokens = random_decoder(spec, seed=seed), random_tokens(1, context, seed=seed)
+    with torch.no_grad():
+        before = decoder(tokens)
+        decoder.set_spec(after)
+        if preserves_function(spec, after, context):
+            assert torch.equal(decoder(tokens), before)
+
+
+@pytest.mark.parametrize(
+    "window, sinks, context, kept", [(5, 3, 8, True), (1, 7, 8, True), (5, 2, 8, False), (5, 0, 8, False)]
+)
+def test_sinks_that_close_the_gap_restore_the_function(window, sinks, context, kept):
+    spec = tiny_spec(LayerSpec(), LayerSpec())
+    after = windowed(spec, window, sink_tokens=sinks)
+    assert preserves_function(spec, after, context) is kept
+    decoder, tokens = random_decoder(spec), random_tokens(1, context)
+    with torch.no_grad():
+        before = decoder(tokens)
+        decoder.set_spec(after)
+        assert torch.equal(decoder(tokens), before) is kept
+
+
+def test_sinks_that_go_are_seen():
+    spec = tiny_spec(LayerSpec(), LayerSpec())
+    sinks, narrow = windowed(spec, 3, sink_tokens=2), windowed(spec, 3)
+    assert not preserves_function(sinks, narrow, 8)
+    assert not preserves_function(sinks, windowed(spec, 4, sink_tokens=1), 8)
+    assert preserves_function(sinks, narrow, 3)
+
+
+def test_one_kept_layer_is_enough_to_see_everything():
+    """Two layers, window 1: only through a dense layer does the first token reach the last prediction."""
+    spec = tiny_spec(LayerSpec(), LayerSpec())
+    tokens = random_tokens(1, 6)
+    other = torch.cat([(tokens[:, :1] + 1) % spec.vocab_size, tokens[:, 1:]], dim=1)
+    for keep, reaches in (((), False), ((0,), True), ((1,), True)):
+        decoder = random_decoder(windowed(spec, 1, keep=keep))
+        with torch.no_grad():
+            assert torch.equal(decoder(tokens)[:, -1], decoder(other)[:, -1]) is not reaches
+
+
+@pytest.mark.parametrize("given", [{"sink_tokens": 1}, {"keep": (0,)}])
+def test_without_a_window_there_is_nothing_to_except_from(given):
+    with pytest.raises(ValueError, match="without a window"):
+        windowed(tiny_spec(), None, **given)
+
+
+def test_a_layer_that_does_not_exist_cannot_be_kept():
+    with pytest.raises(ValueError, match=r"keep has layers \[-1, 2\], expected indices from 0 to 1"):
+        windowed(tiny_spec(), 4, keep=(1, 2, -1))
+
+
+@given(specs(), st.integers(1, 9))
+def test_imported_windows_come_back_without_sinks(spec, window):
+    narrow = windowed(spec, window, sink_tokens=3)
+    assert with_windows(narrow, [layer.window for layer in spec.layers]) == spec

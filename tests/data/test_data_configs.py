@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from jsonargparse import ArgumentParser
 from ttt_lit.data.prepare import PrepareConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+SETS = [("stdlib", "stdlib_long"), ("dclm_8k", "books_32k")]
+PAIRS = [(f"{family}{short}", f"{family}{long}") for family in ("", "gemma_") for short, long in SETS]
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -19,7 +22,8 @@ def parse(*arguments):
 
 
 def test_the_study_has_its_data_sets():
-    assert NAMES == ["books_32k", "dclm_8k", "stdlib", "stdlib_long"]
+    qwen = ["books_32k", "dclm_8k", "stdlib", "stdlib_long"]
+    assert [*(f"gemma_{name}" for name in qwen), *qwen] == sorted(NAMES, key=lambda name: ("gemma" not in name, name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,15 +36,23 @@ def test_every_config_parses_to_what_it_says_and_its_header_says_how_to_launch_i
     assert f"python cli.py prepare --config configs/data/{name}.yaml" in header
 
 
-@pytest.mark.parametrize("short, long", [("stdlib", "stdlib_long"), ("dclm_8k", "books_32k")])
+@pytest.mark.parametrize("short, long", PAIRS)
 def test_short_and_long_sets_of_a_run_share_tokenizer_and_split(short, long):
     first, second = (parse("--config", str(CONFIGS / f"{name}.yaml")) for name in (short, long))
     assert first.tokenizer == second.tokenizer
     assert first.train_tokenizer == second.train_tokenizer
+    assert first.tokenizer_kind == second.tokenizer_kind
     assert first.validation_fraction == second.validation_fraction
     assert first.output != second.output
     assert second.context == 4 * first.context
     assert (first.layout, second.layout) == ("packed", "per_document")
+
+
+@pytest.mark.parametrize("name", [name for names in SETS for name in names])
+def test_gemmas_set_differs_from_the_other_familys_in_tokenizer_and_output_alone(name):
+    theirs, ours = (dataclasses.asdict(parse("--config", str(CONFIGS / f"{n}.yaml"))) for n in (name, f"gemma_{name}"))
+    kinds = {"tokenizer_kind"} if ours["train_tokenizer"] else set()
+    assert {key for key in ours if ours[key] != theirs[key]} == {"tokenizer", "output"} | kinds
 
 
 def test_a_misspelt_key_is_rejected_by_name(tmp_path):

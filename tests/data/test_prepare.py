@@ -261,6 +261,26 @@ def test_a_bad_config_names_every_field():
     assert "\n" not in str(caught.value)
 
 
+def test_a_kind_that_nothing_would_train_or_that_does_not_exist_is_refused():
+    rest = {"source": "s", "tokenizer": "t", "output": "o", "context": 4, "layout": "packed"}
+    with pytest.raises(ValueError, match="tokenizer_kind: got 'byte_fallback' without train_tokenizer") as caught:
+        PrepareConfig(**rest, tokenizer_kind="byte_fallback")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="tokenizer_kind: got 'unigram', expected one of"):
+        PrepareConfig(**rest, train_tokenizer=300, tokenizer_kind="unigram")
+
+
+def test_a_folder_from_before_there_were_kinds_of_tokenizers_is_still_ours(packed, packed_config, tmp_path):
+    shutil.copytree(packed, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    content = json.loads(path.read_text())
+    assert content["config"].pop("tokenizer_kind") == "byte_level"
+    path.write_text(json.dumps(content))
+    prepare(again(packed_config, tmp_path))
+    with pytest.raises(ValueError, match="tokenizer_kind 'byte_level' there, 'byte_fallback' here"):
+        prepare(again(packed_config, tmp_path, tokenizer_kind="byte_fallback"))
+
+
 def test_a_missing_litdata_or_a_broken_torchvision_is_named(packed_config, tmp_path, monkeypatch):
     found = shards_module.find_spec
     monkeypatch.setattr(shards_module, "find_spec", lambda name: None if name == "litdata" else found(name))

@@ -17,7 +17,8 @@ from ttt_lit.data.corpus import Document
 from ttt_lit.data.encode import build_tokenizer, encode_documents, encode_texts
 from ttt_lit.data.split import split_of
 from ttt_lit.data.tokenizer import load_tokenizer, text_only
-from ttt_lit.data.train_tokenizer import EOS_TOKEN, check_trained, train_tokenizer
+from ttt_lit.data.tokenizer_kinds import EOS_TOKEN
+from ttt_lit.data.train_tokenizer import check_trained, train_tokenizer
 from ttt_lit.identity import tokenizer_hash
 
 AWKWARD = [
@@ -34,10 +35,25 @@ def documents():
     return [Document(str(i), text) for i, text in enumerate(make_texts())]
 
 
+def train(folder, read=documents, vocab_size=300, validation_fraction=0.3):
+    train_tokenizer(
+        folder,
+        read,
+        kind="byte_level",
+        vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+        source="test",
+    )
+
+
+def check(folder, kind="byte_level", vocab_size=300, validation_fraction=0.3):
+    check_trained(folder, kind=kind, vocab_size=vocab_size, validation_fraction=validation_fraction)
+
+
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "byte_level"
-    train_tokenizer(folder, documents(), 300, 0.3, "test")
+    train(folder)
     return folder
 
 
@@ -159,12 +175,12 @@ def test_merges_that_spell_a_special_token_are_taken_out():
 
 
 def test_training_is_reproducible_and_reads_train_documents_only(byte_level, tmp_path):
-    train_tokenizer(tmp_path / "again", documents(), 300, 0.3, "test")
+    train(tmp_path / "again")
     assert folder_bytes(tmp_path / "again") == folder_bytes(byte_level)
     held_out = [document for document in documents() if split_of(document, 0.3) == "validation"]
     kept = [document for document in documents() if split_of(document, 0.3) == "train"]
     assert held_out
-    train_tokenizer(tmp_path / "kept", kept, 300, 0.3, "test")
+    train(tmp_path / "kept", lambda: kept)
     assert tokenizer_hash(tmp_path / "kept") == tokenizer_hash(byte_level)
 
 
@@ -180,18 +196,31 @@ def test_the_trained_folder_loads_offline_with_eos(byte_level):
 
 def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="expected 5000"):
-        train_tokenizer(tmp_path / "t", [Document("a", "abc abc")], 5000, 0.01, "test")
+        train(tmp_path / "t", lambda: [Document("a", "abc abc")], 5000, 0.01)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_vocabulary_or_split_is_not_taken_for_ours(byte_level, tmp_path):
-    check_trained(byte_level, 300, 0.3)
+def test_another_kind_vocabulary_or_split_is_not_taken_for_ours(byte_level, tmp_path):
+    check(byte_level)
+    with pytest.raises(ValueError, match="kind 'byte_level', expected 'byte_fallback'"):
+        check(byte_level, kind="byte_fallback")
     with pytest.raises(ValueError, match="vocab_size 300, expected 301"):
-        check_trained(byte_level, 301, 0.3)
+        check(byte_level, vocab_size=301)
     with pytest.raises(ValueError, match="split"):
-        check_trained(byte_level, 300, 0.2)
+        check(byte_level, validation_fraction=0.2)
     with pytest.raises(ValueError, match="not trained here"):
-        check_trained(tmp_path, 300, 0.3)
+        check(tmp_path)
+
+
+def test_a_receipt_from_before_there_were_kinds_means_byte_level(byte_level, tmp_path):
+    shutil.copytree(byte_level, tmp_path / "old")
+    path = tmp_path / "old" / "trained_on.json"
+    receipt = json.loads(path.read_text())
+    assert receipt.pop("kind") == "byte_level"
+    path.write_text(json.dumps(receipt))
+    check(tmp_path / "old")
+    with pytest.raises(ValueError, match="kind 'byte_level', expected 'byte_fallback'"):
+        check(tmp_path / "old", kind="byte_fallback")
 
 
 def test_a_tokenizer_without_exact_bytes_is_refused(byte_level, tmp_path):

@@ -4,11 +4,13 @@ import pytest
 
 from ttt_lit.experiment.record import (
     Bucket,
+    Document,
     Environment,
     EvaluationPoint,
     Git,
     Model,
     Norms,
+    Parent,
     Planned,
     RunRecord,
     Spent,
@@ -41,6 +43,10 @@ def validation(inner, losses, mean=None):
         tokens=4 * LONG,
         bytes=12_000,
         buckets=buckets,
+        documents=[
+            Document(id=f"{i:012x}", bytes=3_000, nats_per_token=mean, short=losses[3], deciles=[mean] * 10)
+            for i in range(4)
+        ],
         curve=f"curves/{inner}.npy",
     )
 
@@ -95,7 +101,7 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
         status="finished",
         config={"seed": 0, "stages": {"C": {"mode": "meta"}}},
         start=Start(source="checkpoints/demo", lineage=[{"step": "import"}], receipt={"inherited": 30}),
-        model=Model(num_parameters=3_350_000, num_layers=2, ttt_layers=[1]),
+        model=Model(family="qwen2", num_parameters=3_350_000, num_layers=2, ttt_layers=[1]),
         environment=Environment(versions={"torch": "2.13.0"}, kernels=["math"]),
         git=Git(revision="0" * 40, dirty=False),
         stages=[swa_stage, ttt_stage],
@@ -103,7 +109,7 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
         totals=Spent(
             optimizer_steps=120, micro_batches=240, tokens=491_520, bytes=1_474_560, gpu_seconds={"compute": 300.0}
         ),
-        parents=["pretrain-1"],
+        parents=[Parent(name="pretrain/1", stage="A", gpu_seconds=150.0, tokens=1_146_880)],
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from ttt_lit.experiment import record as record_module
 from ttt_lit.experiment.record import Model, RunRecord
 from ttt_lit.model import spec
+from ttt_lit.train import run_config
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-record.md"
 
@@ -26,7 +27,9 @@ def test_write_and_read_back_a_full_record(tmp_path, make_record):
 
 
 def test_a_run_that_has_only_begun_is_a_record_too():
-    begun = RunRecord(run_id="r", experiment="e", model=Model(num_parameters=1, num_layers=1, ttt_layers=[]))
+    begun = RunRecord(
+        run_id="r", experiment="e", model=Model(family="qwen2", num_parameters=1, num_layers=1, ttt_layers=[])
+    )
     assert RunRecord.from_dict(json.loads(json.dumps(begun.to_dict()))) == begun
 
 
@@ -66,7 +69,7 @@ def _broken(record, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda d: d.update(schema_version=2), "schema_version: got 2, expected 1"),
+        (lambda d: d.update(schema_version=1), "schema_version: got 1, expected 2"),
         (lambda d: d.pop("schema_version"), "schema_version: got None"),
         (lambda d: d.update(colour="red"), "record: got unknown fields ['colour']"),
         (lambda d: d["stages"][1].pop("mode"), "record.stages[1]: got unknown fields [] and misses fields ['mode']"),
@@ -123,3 +126,17 @@ def test_the_documentation_lists_exactly_the_schema():
 def test_the_record_knows_every_mode_of_the_method():
     """It imports nothing of the model, so the list stands twice."""
     assert get_args(record_module.Mode) == get_args(spec.Mode)
+
+
+def test_the_record_knows_every_role_of_a_run():
+    assert get_args(record_module.Role) == get_args(run_config.Role)
+
+
+def test_the_headline_is_read_from_the_last_stage(make_record):
+    record = make_record()
+    assert record.final() == record.stages[-1].validations[0]
+    record.headline = "on"
+    assert record.final() == record.stages[-1].validations[1]
+    assert record.final("off") == record.stages[-1].validations[0]
+    record.stages[-1].validations = []
+    assert record.final() is None

@@ -10,7 +10,7 @@ from ttt_lit.families import family_named, family_of_config
 from ttt_lit.families.qwen2 import config_from_spec, spec_from_config
 from ttt_lit.model.spec import LayerSpec, ModelSpec, PrimeSpec
 
-PUBLISHED = json.loads((Path(__file__).parents[2] / "benchmarks/qwen2.5-1.5b.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parents[2] / "configs/shapes/qwen2.5-1.5b.json").read_text())
 
 
 def changed(**fields):
@@ -138,6 +138,7 @@ def test_code_references_do_not_survive_export():
         ({"score_scale": 0.5}, "score_scale"),
         ({"layers": (LayerSpec(prime=PrimeSpec(intermediate_size=4)),)}, "prime MLPs .layers .0"),
         ({"layers": (LayerSpec(), LayerSpec(fast="mlp"))}, "fast weights .layers .1"),
+        ({"layers": (LayerSpec(window=5, sink_tokens=2),)}, "attention sinks .layers .0"),
         ({"layers": (LayerSpec(window=3), LayerSpec(window=5))}, r"different windows.*\[3, 5\]"),
         ({"layers": (LayerSpec(rope_base=3.0), LayerSpec(rope_base=5.0))}, "RoPE bases"),
     ],

@@ -140,7 +140,14 @@ def test_load_all_continues_with_the_optimiser_of_a_finished_stage(bridge, world
     for name, state in shapes.moments["C"].items():
         for part, value in state.items():
             assert torch.equal(value, saved[f"{name}.{part}"]), (name, part)
-    assert RunRecord.read(again.run.folder).parents == ["tiny/default"]
+    before, (parent,) = RunRecord.read(parts.run.folder), RunRecord.read(again.run.folder).parents
+    assert (parent.name, parent.stage) == ("tiny/default", "B2")
+    last_step, whole = (
+        before.stages[1].train_gpu_seconds[-1],
+        sum(stage.spent.gpu_seconds["compute"] for stage in before.stages[:2]),
+    )
+    assert last_step <= parent.gpu_seconds <= whole + 0.001
+    assert parent.tokens == sum(stage.spent.tokens for stage in before.stages[:2])
 
 
 def test_a_run_from_a_narrower_stage_gets_the_window_it_asks_for(world, tmp_path):

@@ -116,13 +116,55 @@ def test_tensorboard_has_the_tags_the_metric_names_promise(bridge):
     assert [event.step for event in events.Scalars(metrics.on_tokens_axis(metrics.TRAIN_LOSS))][-1] == 20 * 128
 
 
+def test_the_hparams_page_knows_what_the_run_was_and_how_it_ended(bridge):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    parts, _, record = bridge
+    events = EventAccumulator(str(parts.run.folder), size_guidance={"scalars": 0})
+    events.Reload()
+    (final,) = events.Scalars(metrics.FINAL_LOSS)
+    assert final.value == pytest.approx(record.final().nats_per_token)
+    (hours,) = events.Scalars(metrics.FINAL_GPU_HOURS)
+    assert hours.value == pytest.approx(record.totals.gpu_seconds["compute"] / 3600, rel=1e-3)
+
+
+def test_the_start_is_measured_as_it_came_on_the_blocks_of_every_stage_end(bridge):
+    """B1 begins with the start's weights, and its window is as wide as the short context: the two agree there at the first step."""
+    _, _, record = bridge
+    start = record.start_validation
+    assert start.inner == "off"
+    for stage in record.stages:
+        for validation in stage.validations:
+            assert [d.id for d in validation.documents] == [d.id for d in start.documents]
+    assert record.start_validation.nats_per_token != record.stages[0].validations[0].nats_per_token
+
+
+def test_the_record_says_what_compares_it(bridge):
+    parts, _, record = bridge
+    assert record.headline == "on"
+    assert record.model.family == "qwen2"
+    assert record.data.long == parts.data.identity("long") != record.data.short
+    assert record.start.weights_hash == parts.module.start.origin.weights_hash
+    assert record.parents == []
+    for stage in record.stages:
+        assert len(stage.train_losses) == len(stage.train_gpu_seconds) == stage.spent.optimizer_steps
+    seconds = [second for stage in record.stages for second in stage.train_gpu_seconds]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] <= record.totals.gpu_seconds["compute"] + 0.001
+    for validation in record.stages[-1].validations:
+        means = [document.nats_per_token for document in validation.documents]
+        assert sum(means) / len(means) == pytest.approx(validation.nats_per_token, rel=1e-12)
+
+
 def test_a_stage_checkpoint_is_the_model_and_its_history(bridge, world):
-    parts, _, _ = bridge
+    parts, _, record = bridge
     checkpoint = load_checkpoint(parts.run.folder / "checkpoints" / "C")
     checkpoint.verify()
     assert checkpoint.spec == parts.module.stage_spec(parts.module.plans[-1])
     for name, parameter in parts.module.model.decoder.named_parameters():
         assert torch.equal(checkpoint.state()[name], parameter)
-    made = {"experiment": "tiny", "run": "default", "stage": "C", "imported_windows": [None] * 4}
-    assert checkpoint.lineage[-1].parameters == made
+    made = dict(checkpoint.lineage[-1].parameters)
+    assert 0 < made.pop("gpu_seconds") <= record.totals.gpu_seconds["compute"]
+    assert made.pop("tokens") == record.totals.tokens
+    assert made == {"experiment": "tiny", "run": "default", "stage": "C", "imported_windows": [None] * 4}
     assert {r.name for r in checkpoint.receipt.records if "prime_init" in r.note} == set(parts.module.start.added)

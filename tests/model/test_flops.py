@@ -139,11 +139,20 @@ def test_parts_add_up():
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 50)), st.data())
 def test_key_counts_equal_brute_force_masks(context, window, data):
     query, key = torch.arange(context)[:, None], torch.arange(context)[None, :]
-    mask = (key <= query) & (query - key < (window or context))
+    sinks = data.draw(st.integers(0, 50)) if window is not None else 0
+    mask = (key <= query) & ((query - key < (window or context)) | (key < sinks))
     start = data.draw(st.integers(0, context))
     stop = data.draw(st.integers(start, context))
-    assert key_count(start, stop, window) == int(mask[start:stop].sum())
-    assert average_keys(context, window) == int(mask.sum()) / context
+    assert key_count(start, stop, window, sinks) == int(mask[start:stop].sum())
+    assert average_keys(context, window, sinks) == int(mask.sum()) / context
+
+
+def test_sinks_are_counted_in_the_layers_that_have_them():
+    """Window 3 over 8 tokens: 1+2+3·6 pairs; two sinks come back once for the query 3 and twice for the queries 4 to 7."""
+    layers = (LayerSpec(window=3), LayerSpec(window=3, sink_tokens=2))
+    without, with_sinks = training_flops(small(layers=layers), context=8, mode="none").layers
+    assert (without.attention_scores, with_sinks.attention_scores) == (3 * 4 * 24 * 21 / 8, 3 * 4 * 24 * (21 + 9) / 8)
+    assert dataclasses.replace(with_sinks, attention_scores=without.attention_scores) == without
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -326,6 +335,8 @@ def test_misuse_is_an_error():
         training_flops(plain, context=8, mode="off")
     with pytest.raises(ValueError, match="has none"):
         training_flops(plain, context=8, mode="meta", chunk=4)
+    with pytest.raises(ValueError, match="carry no attention sinks"):
+        training_flops(small(layers=(LayerSpec(window=2, sink_tokens=1), ttt())), context=8, mode="meta", chunk=4)
     with pytest.raises(ValueError, match="got chunk 3 for context 8"):
         training_flops(small(), context=8, mode="meta", chunk=3)
     with pytest.raises(ValueError, match="got chunk None"):

@@ -18,6 +18,12 @@ def test_json_round_trip(spec):
     assert ModelSpec.from_json(spec.to_json()) == spec
 
 
+def test_a_description_from_before_attention_sinks_has_none():
+    data = json.loads(tiny_spec().to_json())
+    assert [layer.pop("sink_tokens") for layer in data["layers"]] == [0, 0]
+    assert ModelSpec.from_dict(data) == tiny_spec()
+
+
 def edited(path, value):
     data = json.loads(tiny_spec().to_json())
     target = data
@@ -65,6 +71,8 @@ def test_all_problems_are_reported_at_once():
     "changes, message",
     [
         ({"window": 0}, "window: got 0"),
+        ({"window": 4, "sink_tokens": -1}, "sink_tokens: got -1"),
+        ({"sink_tokens": 2}, "sink_tokens: got 2 with window None"),
         ({"rope_base": 0.0}, "rope_base: got 0.0"),
         ({"rope_base": float("nan")}, "rope_base: got nan"),
         ({"fast": "lora"}, "fast: got 'lora'"),

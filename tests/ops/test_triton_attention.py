@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_lit.ops.attention_naive import attention_naive, visible
+from ttt_lit.ops.sink_attention import attend_with_sinks
 
 triton = pytest.importorskip("triton")
 
@@ -415,6 +416,20 @@ def test_bfloat16_kernels_compile_and_fit_the_smallest_shared_memory(monkeypatch
     assert sorted(names) == sorted([*query_side, "backward_key_kernel", *2 * ["dual_key_kernel"]])
     assert all("mma" in kernel.asm["ptx"] for kernel in compiled), "products on tensor cores"
     assert max(kernel.metadata.shared for kernel in compiled) <= SMALLEST_SHARED_MEMORY
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_window_of_attention_with_sinks_adds_its_share(dtype):
+    """Output and log-sum-exp of the whole row go into the kernel's backward."""
+    x = inputs(Problem(70, 70, 70, 19, dtype=dtype))
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    wide = [t.double().requires_grad_() for t in (x.q, x.k, x.v)]
+    out = attend_with_sinks(*leaves, scale=SCALE, window=19, sink_tokens=5, kernel="triton")
+    naive = attention_naive(*wide, scale=SCALE, window=19, sink_tokens=5)
+    found = [out, *torch.autograd.grad(out, leaves, x.do)]
+    for got, right in zip(found, [naive, *torch.autograd.grad(naive, wide, x.do.double())], strict=True):
+        torch.testing.assert_close(got.double(), right, **CLOSE[dtype])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

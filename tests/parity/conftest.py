@@ -1,4 +1,4 @@
-"""Tiny random Qwen2 models of transformers' own making, saved as it saves them."""
+"""Tiny random models of transformers' own making, saved as it saves them."""
 
 import io
 import os
@@ -6,25 +6,29 @@ import os
 # Before transformers is imported: nothing here may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gemma3_variants
 import pytest
+import qwen2_variants
 import torch
-from qwen2_variants import BASE
 from rich.console import Console
+
+FAMILIES = {"qwen2": qwen2_variants, "gemma3": gemma3_variants}
 
 
 @pytest.fixture
 def hf_model(tmp_path):
-    """Factory: ``hf_model(config changes…)`` -> (transformers' model in float32, its folder)."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """Factory: ``hf_model(family, config changes…)`` -> (transformers' model in float32, its folder)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make(dtype=torch.float32, **changes):
+    def make(family="qwen2", *, dtype=torch.float32, **changes):
         torch.manual_seed(0)
-        config = Qwen2Config(**BASE | changes, attn_implementation="eager")
-        model = Qwen2ForCausalLM(config)
+        settings = FAMILIES[family]
+        config = AutoConfig.for_model(settings.MODEL_TYPE, **settings.BASE | changes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # Norms near one, everything else large enough that each part moves the logits.
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+                # Norms near the identity, everything else large enough that each part moves the logits.
+                parameter.normal_(settings.NORM_IDENTITY if "norm" in name else 0.0, 0.3)
         folder = tmp_path / "hf"
         model.to(dtype).save_pretrained(folder)
         return model.eval(), folder

@@ -1,4 +1,7 @@
-"""Settings of the tiny models: each switch of the family away from its default at least once."""
+"""Settings of the tiny Qwen2 models."""
+
+MODEL_TYPE = "qwen2"
+NORM_IDENTITY = 1.0
 
 BASE = {
     "vocab_size": 61,

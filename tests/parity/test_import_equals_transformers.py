@@ -1,21 +1,18 @@
 import dataclasses
 import json
 
+import gemma3_variants
 import pytest
+import qwen2_variants
 import torch
 import torch.nn.functional as F
 from qwen2_variants import VARIANTS
+from redescribed import decoder, exported, save_as
 
 from ttt_lit.checkpoint import parity
-from ttt_lit.checkpoint.export import export_checkpoint
 from ttt_lit.checkpoint.importing import import_checkpoint
 from ttt_lit.checkpoint.parity import ParityConfig, check_parity, parity_lengths
-from ttt_lit.checkpoint.receipt import LineageStep
-from ttt_lit.checkpoint.store import save_checkpoint
 from ttt_lit.families import FAMILIES
-from ttt_lit.families.qwen2 import RULES
-from ttt_lit.model.decoder import Decoder
-from ttt_lit.model.spec import LayerSpec
 
 # Float32 summation order over 32 channels, relative to the largest logit and to each gradient's norm.
 LOGIT_TOLERANCE = 1e-4
@@ -27,26 +24,28 @@ ZERO_GRADIENT = 1e-5
 SHORT = ParityConfig(lengths=(12,))
 
 
+def cases(qwen2, gemma3):
+    """(family, config changes) of these variants."""
+    chosen = [("qwen2", name, qwen2_variants.VARIANTS[name]) for name in qwen2]
+    chosen += [("gemma3", name, gemma3_variants.VARIANTS[name]) for name in gemma3]
+    return [pytest.param(family, changes, id=f"{family}-{name}") for family, name, changes in chosen]
+
+
 def imported(folder, tmp_path, quiet):
     """Without the parity that is on by default: for tests that run it themselves."""
     return import_checkpoint(str(folder), str(tmp_path / "ours"), parity=False, console=quiet)
-
-
-def decoder(checkpoint):
-    with torch.device("meta"):
-        model = Decoder(checkpoint.spec)
-    model.load_state_dict({n: t.clone() for n, t in checkpoint.state().items()}, assign=True, strict=True)
-    return model
 
 
 def loss_of(logits, tokens):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_every_gradient_equal_transformers(hf_model, tmp_path, quiet, variant):
-    theirs, folder = hf_model(**VARIANTS[variant])
-    ours = decoder(import_checkpoint(str(folder), str(tmp_path / "ours"), console=quiet))
+@pytest.mark.parametrize("family, changes", cases(qwen2_variants.VARIANTS, gemma3_variants.VARIANTS))
+def test_logits_and_every_gradient_equal_transformers(hf_model, tmp_path, quiet, family, changes):
+    theirs, folder = hf_model(family, **changes)
+    checkpoint = import_checkpoint(str(folder), str(tmp_path / "ours"), console=quiet)
+    assert checkpoint.family == family
+    ours, sources = decoder(checkpoint), FAMILIES[family].sources(checkpoint.spec)
     tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
     their_logits, our_logits = theirs(input_ids=tokens).logits, ours(tokens)
     assert (their_logits - our_logits).abs().max() <= LOGIT_TOLERANCE * their_logits.abs().max()
@@ -54,7 +53,7 @@ def test_logits_and_every_gradient_equal_transformers(hf_model, tmp_path, quiet,
     loss_of(our_logits, tokens).backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        expected = gradients.pop(RULES.to_theirs(name))
+        expected = gradients.pop(sources[name].key)
         assert (parameter.grad - expected).norm() <= GRADIENT_TOLERANCE * expected.norm() + ZERO_GRADIENT, name
     assert not gradients
 
@@ -95,12 +94,39 @@ def swap_gate_and_up(state, layer):
     state[a], state[b] = state[b], state[a]
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
-@pytest.mark.parametrize("damage", [swap_biases, rotate_pairs, swap_norms, swap_gate_and_up])
-def test_a_broken_layer_is_found_and_named(hf_model, tmp_path, quiet, damage, layer):
-    _, folder = hf_model()
+def swap_query_and_key_norms(state, layer):
+    a, b = (f"layers.{layer}.self_attn.{name}_norm.weight" for name in "qk")
+    state[a], state[b] = state[b], state[a]
+
+
+def swap_norms_around_the_residual(state, layer):
+    """What Qwen calls post-attention norm is Gemma's pre-feedforward norm."""
+    a, b = (f"layers.{layer}.{name}_layernorm.weight" for name in ("post_attention", "pre_feedforward"))
+    state[a], state[b] = state[b], state[a]
+
+
+def add_the_unit_offset_twice(state, layer):
+    state[f"layers.{layer}.post_feedforward_layernorm.weight"] += 1
+
+
+@pytest.mark.parametrize(
+    "family, damage",
+    [
+        ("qwen2", swap_biases),
+        ("qwen2", rotate_pairs),
+        ("qwen2", swap_norms),
+        ("qwen2", swap_gate_and_up),
+        ("gemma3", swap_query_and_key_norms),
+        ("gemma3", swap_norms_around_the_residual),
+        ("gemma3", add_the_unit_offset_twice),
+    ],
+)
+@pytest.mark.parametrize("layer", ["first", "middle", "last"])
+def test_a_broken_layer_is_found_and_named(hf_model, tmp_path, quiet, family, damage, layer):
+    _, folder = hf_model(family)
     checkpoint = imported(folder, tmp_path, quiet)
-    state = checkpoint.state()
+    state, count = checkpoint.state(), checkpoint.spec.num_layers
+    layer = {"first": 0, "middle": count // 2, "last": count - 1}[layer]
     damage(state, layer)
     report = check_parity(folder, checkpoint.spec, state, config=SHORT)
     assert not report.passed
@@ -124,21 +150,31 @@ def test_broken_embedding_and_head_are_told_apart_from_layers(hf_model, tmp_path
         assert report.first_departure == expected
 
 
-@pytest.mark.parametrize("change", ["window", "rope_base"])
-def test_a_wrong_description_of_right_weights_is_found(hf_model, tmp_path, quiet, change):
-    _, folder = hf_model(**VARIANTS["windowed_from_layer_2"])
+@pytest.mark.parametrize(
+    "family, changes, layer",
+    [
+        ("qwen2", VARIANTS["windowed_from_layer_2"], 2),
+        ("gemma3", {}, 4),  # a local layer
+        ("gemma3", {}, 5),  # a global layer
+    ],
+)
+@pytest.mark.parametrize("what", ["window", "rope_base"])
+def test_a_wrong_description_of_right_weights_is_found(hf_model, tmp_path, quiet, family, changes, layer, what):
+    _, folder = hf_model(family, **changes)
     checkpoint = imported(folder, tmp_path, quiet)
     layers = list(checkpoint.spec.layers)
-    # One token more than the window, which only lengths beyond it can show.
-    layers[2] = LayerSpec(window=6, rope_base=500.0) if change == "window" else LayerSpec(window=5, rope_base=501.0)
-    report = check_parity(folder, checkpoint.spec.with_layers(tuple(layers)), checkpoint.state())
-    assert report.first_departure == "layer 2"
+    right = layers[layer]
+    # One token more than the window, or a window where there is none: only texts beyond it can show that.
+    wrong_window = {"window": 20 if right.window is None else right.window + 1}
+    wrong = wrong_window if what == "window" else {"rope_base": right.rope_base * 1.002}
+    layers[layer] = dataclasses.replace(right, **wrong)
+    spec = checkpoint.spec.with_layers(tuple(layers))
+    report = check_parity(folder, spec, checkpoint.state())
+    assert report.first_departure == f"layer {layer}"
     assert not report.passed
-    within = ParityConfig(lengths=(1, 2, 5), max_tokens=5)
-    if change == "window":
-        assert check_parity(
-            folder, checkpoint.spec.with_layers(tuple(layers)), checkpoint.state(), config=within
-        ).passed
+    if what == "window":
+        within = ParityConfig(lengths=(1, 2, 5), max_tokens=5)
+        assert check_parity(folder, spec, checkpoint.state(), config=within).passed
 
 
 def test_an_import_that_fails_parity_leaves_nothing_behind(hf_model, tmp_path, quiet, monkeypatch):
@@ -187,14 +223,16 @@ def test_code_of_the_checkpoint_is_not_run(hf_model, tmp_path, quiet):
     assert "auto_map" in quiet.file.getvalue()
 
 
-@pytest.mark.parametrize("variant", ["tied_dense", "untied", "wide_heads", "mixed_layer_types"])
-def test_transformers_loads_what_we_export(hf_model, tmp_path, quiet, variant):
-    from transformers import AutoModelForCausalLM
-
-    theirs, folder = hf_model(**VARIANTS[variant])
-    imported(folder, tmp_path, quiet)
-    export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "back"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+@pytest.mark.parametrize(
+    "family, changes",
+    cases(
+        ["tied_dense", "untied", "wide_heads", "mixed_layer_types"],
+        ["pattern_6", "untied", "score_scalar", "layer_types", "rope_parameters"],
+    ),
+)
+def test_transformers_loads_what_we_export(hf_model, tmp_path, quiet, family, changes):
+    theirs, folder = hf_model(family, **changes)
+    again = exported(imported(folder, tmp_path, quiet), tmp_path / "back")
     assert again.dtype == torch.float32
     tokens = torch.randint(61, (1, 24), generator=torch.Generator().manual_seed(2))
     assert torch.equal(theirs(input_ids=tokens).logits, again(input_ids=tokens).logits)
@@ -204,27 +242,16 @@ def test_transformers_loads_what_we_export(hf_model, tmp_path, quiet, variant):
 @pytest.mark.parametrize("window", [1, 6])
 def test_a_windowed_model_of_ours_is_the_same_in_transformers(hf_model, tmp_path, quiet, slides, window):
     """Dense import -> windows -> export: transformers computes our windowed logits, and no longer the dense ones."""
-    from transformers import AutoModelForCausalLM
-
     theirs, folder = hf_model()
     dense = imported(folder, tmp_path, quiet)
-    layers = tuple(
+    layers = [
         dataclasses.replace(layer, window=window if i in slides else None) for i, layer in enumerate(dense.spec.layers)
-    )
-    windowed = save_checkpoint(
-        tmp_path / "windowed",
-        spec=dense.spec.with_layers(layers),
-        state=dense.state(),
-        family=dense.family,
-        receipt=dense.receipt,
-        lineage=(*dense.lineage, LineageStep(operation="windowed", parameters={"window": window})),
-        source_config=(dense.path / "source/config.json").read_text(),
-    )
-    export_checkpoint(str(tmp_path / "windowed"), str(tmp_path / "back"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    ]
+    described = save_as(dense, dense.spec.with_layers(tuple(layers)), tmp_path / "windowed")
+    again = exported(described, tmp_path / "back")
     tokens = torch.randint(61, (1, 24), generator=torch.Generator().manual_seed(2))
     logits = again(input_ids=tokens).logits
-    assert (decoder(windowed)(tokens) - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max()
+    assert (decoder(described)(tokens) - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max()
     assert (theirs(input_ids=tokens).logits - logits).abs().max() > 0.01
 
 

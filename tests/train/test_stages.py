@@ -1,13 +1,22 @@
 """From which, how much and how big to plain numbers; whatever does not fit is an error that names the stage."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
+from helpers.tiny import tiny_spec, ttt_layer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ttt_lit.convert.windowed import windowed
+from ttt_lit.model.spec import LayerSpec
 from ttt_lit.train.budget import Budget
+from ttt_lit.train.checks import check_stages
+from ttt_lit.train.evaluation import evaluation_modes
 from ttt_lit.train.stages import SizeConfig, StageConfig, Stages, plan_stages
+from ttt_lit.train.start import StartConfig
+from ttt_lit.ttt.inner import InnerLoop
 
 DEMO = SizeConfig(short=256, long=1024, chunk=32, window=256, tokens_per_step=4096, micro_batch_tokens=4096)
 FULL = SizeConfig()
@@ -100,8 +109,60 @@ def test_dense_attention_has_no_limit():
     assert plan.window is None
 
 
+def only(stage, size=DEMO):
+    """The plan of a run with one stage."""
+    return plan_stages(Stages(B1=stage), size, Budget(tokens=4096), devices=1)[0]
+
+
+IMPORTED = tiny_spec(LayerSpec(), LayerSpec(window=100), LayerSpec(), ttt_layer())
+
+
+def test_a_stage_makes_its_network_from_the_imported_one():
+    assert only(StageConfig()).network(IMPORTED) == windowed(IMPORTED, 256)
+    assert only(StageConfig(attention="dense")).network(IMPORTED) == IMPORTED
+    ablated = only(StageConfig(sink_tokens=4, full_attention_layers=[2])).network(IMPORTED)
+    assert [(layer.window, layer.sink_tokens) for layer in ablated.layers] == [(256, 4), (100, 0), (None, 0), (256, 4)]
+    assert ablated == windowed(IMPORTED, 256, sink_tokens=4, keep=(2,))
+
+
+@pytest.mark.parametrize("mode", ["none", "static", "meta", "first_order"])
+def test_layers_keep_their_attention_in_every_mode(mode):
+    plan = only(StageConfig(mode=mode, full_attention_layers=[3]))
+    assert [layer.window for layer in plan.network(IMPORTED).layers] == [256, 100, 256, None]
+
+
+@pytest.mark.parametrize("layers, unknown", [([4], [4]), ([-1, 0], [-1]), ([3, 9, 7], [7, 9])])
+def test_a_layer_to_keep_must_exist(layers, unknown):
+    start = SimpleNamespace(spec=IMPORTED)
+    rest = (StartConfig(init_from="."), InnerLoop(), DEMO)
+    check_stages([only(StageConfig(full_attention_layers=[0, 3]))], start, *rest)
+    message = rf"^stage B1: full_attention_layers: got {re.escape(str(unknown))}, expected layer indices from 0 to 3$"
+    with pytest.raises(ValueError, match=message):
+        check_stages([only(StageConfig(full_attention_layers=layers))], start, *rest)
+
+
+@pytest.mark.parametrize("training, off", [("none", "none"), ("static", "static"), ("meta", "static")])
+def test_validation_reads_off_and_on_but_with_sinks_off_alone(training, off):
+    assert evaluation_modes(training, has_inner_loop=True) == {"off": off, "on": "meta"}
+    assert evaluation_modes(training, has_inner_loop=True, has_sinks=True) == {"off": off}
+    assert evaluation_modes(training, has_inner_loop=False) == {"off": off}
+
+
 LONG_META = StageConfig(mode="meta", context="long")
 WRONG = {
+    "sinks where chunks would have to carry them": (
+        Stages(B2=StageConfig(mode="meta", sink_tokens=4)), {}, {}, "stage B2: sink_tokens 4 with mode meta: .* for mode none",
+    ),
+    "sinks in a mode that is measured with updates": (
+        Stages(B2=StageConfig(mode="static", sink_tokens=4)), {}, {}, "stage B2: sink_tokens 4 with mode static",
+    ),
+    "sinks without a window": (
+        Stages(B0=StageConfig(attention="dense", sink_tokens=4)), {}, {}, "stage B0: sink_tokens 4 has no effect with attention dense",
+    ),
+    "layers to keep where all are kept": (
+        Stages(B0=StageConfig(attention="dense", full_attention_layers=[1])), {}, {},
+        r"stage B0: full_attention_layers \[1\] has no effect with attention dense",
+    ),
     "a chunk that does not divide": (
         Stages(B2=B2, C=C), {"chunk": 48}, {}, r"stage B2: context 256 is not a multiple of size\.chunk 48",
     ),
@@ -163,6 +224,7 @@ def test_stages_without_updates_do_not_care_for_the_chunk(mode):
     [
         ({"window_share": 0.0}, "window_share: got 0"),
         ({"window_share": 1.5}, "window_share: got 1.5"),
+        ({"sink_tokens": -1}, "sink_tokens: got -1"),
         ({"lr": 0.0}, "got lr 0"),
         ({"prime_lr_ratio": -1.0}, "prime_lr_ratio -1"),
         ({"lr": float("nan")}, "got lr nan"),

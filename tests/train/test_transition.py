@@ -68,6 +68,20 @@ def test_the_next_stages_context_decides_whether_a_window_preserves():
     assert not prove(model, (spec, "none"), (narrow, "none"), context=12).preserves
 
 
+def test_sinks_that_come_or_go_are_a_jump_that_is_reported():
+    model = run_model()
+    spec = model.decoder.spec
+    narrow, sinks = windowed(spec, 3), windowed(spec, 3, sink_tokens=2)
+    for before, after in [((spec, "none"), (sinks, "none")), ((sinks, "none"), (narrow, "meta"))]:
+        proof = prove(model, before, after)
+        assert not proof.preserves
+        assert proof.holds
+        assert abs(proof.jump) > 1e-3
+    covered = prove(model, (spec, "none"), (windowed(spec, 3, sink_tokens=CONTEXT - 3), "none"))
+    assert covered.preserves
+    assert covered.holds
+
+
 def test_the_same_stage_again_preserves_also_with_trained_prime_mlps():
     model = TTTModel(random_decoder(tiny_spec(), dtype=torch.float32))
     spec = model.decoder.spec

@@ -219,6 +219,13 @@ def test_a_length_that_the_chunk_does_not_divide_is_an_error_that_says_so(mode):
 
 
 @pytest.mark.parametrize("mode", ["meta", "first_order"])
+def test_chunks_carry_no_attention_sinks(mode):
+    spec = tiny_spec(LayerSpec(), ttt_layer(window=5, sink_tokens=1))
+    with pytest.raises(ValueError, match="chunks carry no attention sinks"):
+        scan(random_decoder(spec), random_tokens(1, 9), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["meta", "first_order"])
 def test_a_model_without_ttt_layers_cannot_update(mode):
     with pytest.raises(ValueError, match=r"no TTT layers.*set ttt\.layers"):
         scan(random_decoder(tiny_spec(LayerSpec())), random_tokens(1, 9), mode=mode)

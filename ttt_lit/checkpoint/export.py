@@ -2,7 +2,7 @@
 
 Names go back through the family's rules, dtypes and bytes stay, and the config is the origin's wherever it still holds.
 What the family's model class cannot be (prime MLPs, windows that differ) is refused by name: an export without it would
-be another model.
+be another model. No class has attention sinks of this kind.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ def _write(
     chosen = family_named(family)
     if chosen.config_from_spec is None:
         raise ValueError(f"family {family} has no Hugging Face form, so it cannot be exported")
+    if sinks := [index for index, layer in enumerate(spec.layers) if layer.sink_tokens]:
+        raise ValueError(
+            f"attention sinks (layers {sinks}): no class of transformers keeps the first tokens visible, so they cannot be exported"
+        )
     config = chosen.config_from_spec(spec, source_config)
     # transformers reads the weights as what this field says, whatever they are stored as.
     for field in [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]:

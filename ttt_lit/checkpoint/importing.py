@@ -43,6 +43,7 @@ def import_checkpoint(
     parity: bool = True,
     parity_config: ParityConfig | None = None,
     shard_bytes: int = SHARD_BYTES,
+    trained_by: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Checkpoint:
     """Import a checkpoint, print its audit and leave ``output`` behind only if everything holds.
@@ -54,6 +55,8 @@ def import_checkpoint(
         parity: compare with transformers; off only for models that do not fit twice into memory one after the other.
         parity_config: what parity compares.
         shard_bytes: weights above this size are split.
+        trained_by: the run that trained the source, where it is known (``experiment``, ``run``, ``stage``, ``gpu_seconds``, ``tokens``): a
+            run that starts from the import counts it as a parent.
         console: where the audit is printed; standard output by default.
 
     Raises:
@@ -87,7 +90,7 @@ def import_checkpoint(
             spec=plan.spec,
             family=plan.family.name,
             receipt=plan.receipt,
-            lineage=(_lineage_step(audit, exceptions),),
+            lineage=(_lineage_step(audit, exceptions, trained_by),),
             source_config=folder.config_text,
             generation_config=folder.generation_text,
             tokenizer=folder.path if tokenizer["sha256"] else None,
@@ -181,11 +184,14 @@ def _tokenizer_identity(folder: SourceFolder, plan: Plan) -> tuple[dict[str, Any
     return {"sha256": digest, "files": files, "highest_id": None if highest is None else highest[1]}, notes
 
 
-def _lineage_step(audit: Audit, exceptions: Mapping[str, str]) -> LineageStep:
+def _lineage_step(
+    audit: Audit, exceptions: Mapping[str, str], trained_by: Mapping[str, Any] | None
+) -> LineageStep:
     lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in audit.files)
     return LineageStep(
         operation="import",
         source=audit.source,
         source_hash=hashlib.sha256(lines.encode()).hexdigest(),
-        parameters={"allow": dict(exceptions)} if exceptions else {},
+        parameters=({"allow": dict(exceptions)} if exceptions else {})
+        | ({"trained_by": dict(trained_by)} if trained_by else {}),
     )

@@ -107,7 +107,8 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class LineageStep:
-    """One command that made a checkpoint. Free of dates and machines, so that the same input gives the same bytes."""
+    """One command that made a checkpoint. Free of dates and machines, so that the same input gives the same bytes; only a training
+    run also says what it cost."""
 
     operation: str
     """import, convert, fit, …"""

@@ -18,15 +18,17 @@ from torch import Tensor
 from ttt_lit.model.spec import ModelSpec, PrimeSpec, last_quarter
 
 PrimeInit = Literal["copy", "random", "paper"]
+LayerPolicy = Literal["last_quarter", "global", "global_suffix"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig:
     """Which layers learn while reading, and how their prime MLPs start."""
 
-    layers: Literal["last_quarter", "global"] | list[int] = "last_quarter"
+    layers: LayerPolicy | list[int] = "last_quarter"
     """``last_quarter``: the highest round-half-up(L/4) layers. ``global``: every layer that the checkpoint gives dense attention,
-    in a model that also has windowed ones. Or a list of layer indices."""
+    in a model that also has windowed ones (Gemma-3). ``global_suffix``: those of them in the upper half of the network. Or a list
+    of layer indices."""
     prime_width: int | None = None
     """Inner width of the prime MLPs. null: the width of the layer's own MLP."""
     prime_init: PrimeInit = "copy"
@@ -34,21 +36,31 @@ class TTTConfig:
     down-projection. ``paper``: all three random and a post-norm, which changes the function at step 0."""
 
 
-def ttt_layers(spec: ModelSpec, policy: Literal["last_quarter", "global"] | list[int]) -> tuple[int, ...]:
-    """The layer indices that a policy means for this model; ValueError where it means none."""
+def ttt_layers(spec: ModelSpec, policy: LayerPolicy | list[int]) -> tuple[int, ...]:
+    """The layer indices that a policy means for this model, as the checkpoint describes it; ValueError where it means none."""
     if policy == "last_quarter":
         return last_quarter(spec.num_layers)
-    if policy == "global":
-        dense = tuple(i for i, layer in enumerate(spec.layers) if layer.window is None)
-        if not dense or len(dense) == spec.num_layers:
-            raise ValueError(
-                f"ttt.layers: 'global' needs a checkpoint with both dense and windowed layers, got {len(dense)} dense of "
-                f"{spec.num_layers}; use last_quarter or a list of indices"
-            )
-        return dense
+    if policy in ("global", "global_suffix"):
+        return _global_layers(spec, policy)
     chosen = tuple(sorted(set(policy)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= spec.num_layers:
         raise ValueError(f"ttt.layers: got {list(policy)}, expected layer indices from 0 to {spec.num_layers - 1}")
+    return chosen
+
+
+def _global_layers(spec: ModelSpec, policy: LayerPolicy) -> tuple[int, ...]:
+    dense = tuple(i for i, layer in enumerate(spec.layers) if layer.window is None)
+    if not dense or len(dense) == spec.num_layers:
+        raise ValueError(
+            f"ttt.layers: {policy!r} needs a checkpoint with both dense and windowed layers, got {len(dense)} dense of "
+            f"{spec.num_layers}; use last_quarter or a list of indices"
+        )
+    chosen = dense if policy == "global" else tuple(i for i in dense if 2 * i >= spec.num_layers)
+    if not chosen:
+        raise ValueError(
+            f"ttt.layers: 'global_suffix' needs a dense layer in the upper half, got dense layers {list(dense)} of "
+            f"{spec.num_layers}; use global or a list of indices"
+        )
     return chosen
 
 

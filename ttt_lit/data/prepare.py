@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from ttt_lit.data.progress import progress_bar
 from ttt_lit.data.shards import DTYPE, MAX_SHARD_TOKENS, import_litdata
 from ttt_lit.data.split import SPLITS, split_of, split_rule
 from ttt_lit.data.tokenizer import TextTokenizer, load_tokenizer
+from ttt_lit.data.tokenizer_kinds import UNNAMED_KIND, TokenizerKind
 from ttt_lit.data.train_tokenizer import check_trained, train_tokenizer
 from ttt_lit.data.writer import PROGRESS, SplitWriter
 from ttt_lit.identity import tokenizer_hash
@@ -48,8 +49,11 @@ class PrepareConfig:
     """packed: documents one after another, blocks cross them. per_document: a document's whole blocks only, none
     crosses a document."""
     train_tokenizer: int | None = None
-    """Vocabulary size of a byte-level BPE to train on the train documents where the tokenizer folder does not exist.
-    None: it must exist."""
+    """Vocabulary size of a tokenizer to train on the train documents where the tokenizer folder does not exist. None:
+    it must exist."""
+    tokenizer_kind: TokenizerKind = "byte_level"
+    """What train_tokenizer trains. byte_level: BPE over bytes, as Qwen's. byte_fallback: BPE over characters, with ▁ for
+    the space and bytes for rare characters, as Gemma's."""
     text_field: str = "text"
     """Field or column that holds the text, for formats that have several."""
     validation_fraction: float = 0.05
@@ -69,6 +73,7 @@ class PrepareConfig:
             problems.append(f"context: got {self.context}, expected at least 1 token")
         if self.layout not in get_args(Layout):
             problems.append(f"layout: got {self.layout!r}, expected one of {get_args(Layout)}")
+        problems += self._kind_problems()
         if not 0 < self.validation_fraction < 1:
             problems.append(f"validation_fraction: got {self.validation_fraction}, expected a number between 0 and 1")
         for name in ("max_documents", "max_tokens"):
@@ -83,6 +88,16 @@ class PrepareConfig:
             problems.append("text_field: source stdlib has no fields; leave it out")
         if problems:
             raise ValueError("PrepareConfig: " + "; ".join(problems))
+
+    def _kind_problems(self) -> list[str]:
+        if self.tokenizer_kind not in get_args(TokenizerKind):
+            return [f"tokenizer_kind: got {self.tokenizer_kind!r}, expected one of {get_args(TokenizerKind)}"]
+        if self.train_tokenizer is None and self.tokenizer_kind != "byte_level":
+            return [
+                f"tokenizer_kind: got {self.tokenizer_kind!r} without train_tokenizer, so nothing is trained; set"
+                " train_tokenizer or leave tokenizer_kind out"
+            ]
+        return []
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides about the bytes of the output."""
@@ -130,6 +145,7 @@ def _finished(config: PrepareConfig, output: Path) -> Manifest | None:
 
 def _check_same(config: PrepareConfig, found: dict[str, Any], folder: Path) -> None:
     expected = config.recorded()
+    found = {"tokenizer_kind": UNNAMED_KIND} | found
     different = [
         f"{key} {found.get(key)!r} there, {expected.get(key)!r} here"
         for key in sorted(found.keys() | expected.keys())
@@ -150,18 +166,29 @@ def _make_tokenizer(config: PrepareConfig, *, progress: bool) -> None:
     if config.train_tokenizer is None:
         return
     if folder.is_dir():
-        check_trained(folder, config.train_tokenizer, config.validation_fraction)
+        check_trained(
+            folder,
+            kind=config.tokenizer_kind,
+            vocab_size=config.train_tokenizer,
+            validation_fraction=config.validation_fraction,
+        )
         return
-    corpus = Corpus(config.source, config.text_field)
-    with progress_bar("Reading text for the tokenizer", corpus.total_bytes, shown=progress) as advance:
-        documents = _reporting(_documents(config, corpus), lambda: advance(corpus.consumed_bytes))
-        train_tokenizer(folder, documents, config.train_tokenizer, config.validation_fraction, config.source)
 
+    def read() -> Iterator[Document]:
+        corpus = Corpus(config.source, config.text_field)
+        with progress_bar("Reading text for the tokenizer", corpus.total_bytes, shown=progress) as advance:
+            for document in _documents(config, corpus):
+                advance(corpus.consumed_bytes)
+                yield document
 
-def _reporting(documents: Iterator[Document], report: Callable[[], None]) -> Iterator[Document]:
-    for document in documents:
-        report()
-        yield document
+    train_tokenizer(
+        folder,
+        read,
+        kind=config.tokenizer_kind,
+        vocab_size=config.train_tokenizer,
+        validation_fraction=config.validation_fraction,
+        source=config.source,
+    )
 
 
 class _Run:

@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ttt_lit.data.entropy import unigram_entropy
-from ttt_lit.data.manifest import Manifest
+from ttt_lit.data.manifest import MANIFEST, Manifest
 from ttt_lit.data.order import ShuffledOrder, SpreadOrder, first_blocks
 from ttt_lit.data.shards import TokenReader, torchvision_problem
+from ttt_lit.identity import hash_file
 
 Batch = dict[str, torch.Tensor]
 """tokens: (batch, block_tokens) int64; index: (batch,) int64, the block's number in its split."""
@@ -205,6 +206,11 @@ class TokenDataModule(lightning.LightningDataModule):
         if dataset not in self._manifests:
             self._manifests[dataset] = Manifest.load(self._folder(dataset))
         return self._manifests[dataset]
+
+    def identity(self, dataset: str) -> str:
+        """SHA-256 of the manifest, which names every byte of the folder by its own hash."""
+        self.manifest(dataset)
+        return hash_file(self._folder(dataset) / MANIFEST)
 
     def token_bytes(self, dataset: str) -> torch.Tensor:
         """(vocab_size,) int64: bytes of normalised text that each token id stands for."""

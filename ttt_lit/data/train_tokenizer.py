@@ -1,44 +1,37 @@
-"""Train a byte-level BPE on the train split's documents and save it as an ordinary Hugging Face tokenizer folder."""
+"""Train a tokenizer on the train split's documents and save it as an ordinary Hugging Face tokenizer folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ttt_lit.data.corpus import Document
 from ttt_lit.data.split import split_of, split_rule
+from ttt_lit.data.tokenizer_kinds import TRAINERS, UNNAMED_KIND, TokenizerKind
 
-EOS_TOKEN = "<|endoftext|>"
 RECEIPT = "trained_on.json"
 
 
 def train_tokenizer(
-    folder: Path, documents: Iterable[Document], vocab_size: int, validation_fraction: float, source: str
+    folder: Path,
+    read: Callable[[], Iterable[Document]],
+    *,
+    kind: TokenizerKind,
+    vocab_size: int,
+    validation_fraction: float,
+    source: str,
 ) -> None:
     """Write ``folder`` (tokenizer.json, tokenizer_config.json, trained_on.json). Same documents in, same bytes out.
 
-    ``vocab_size`` counts the EOS token ``<|endoftext|>`` (id 0) and the 256 bytes. Too little text for it is a
-    ValueError.
+    ``read`` begins a new reading of the documents; some kinds read them twice. ``vocab_size`` counts all tokens, the
+    special ones too. Too little text for it is a ValueError, and so is too little room for what ``kind`` must hold.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + 1:
-        raise ValueError(
-            f"train_tokenizer: got {vocab_size}, expected at least {len(alphabet) + 1} (256 bytes and {EOS_TOKEN})"
-        )
     receipt = _Receipt()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(receipt.watch(documents, validation_fraction), trainer)
+    tokenizer, config = TRAINERS[kind](lambda: receipt.watch(read(), validation_fraction), vocab_size)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
             f"train_tokenizer: {receipt.documents} train documents of {source} give {tokenizer.get_vocab_size()}"
@@ -48,22 +41,22 @@ def train_tokenizer(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tokenizer.save(str(partial / "tokenizer.json"))
-    _write_json(
-        partial / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN}
-    )
-    _write_json(partial / RECEIPT, receipt.to_dict(source, vocab_size, validation_fraction))
+    _write_json(partial / "tokenizer_config.json", config)
+    made = {"kind": kind, "vocab_size": vocab_size, "split": split_rule(validation_fraction)}
+    _write_json(partial / RECEIPT, {"source": source} | made | receipt.to_dict())
     partial.rename(folder)
 
 
-def check_trained(folder: Path, vocab_size: int, validation_fraction: float) -> None:
-    """An existing folder must be what training would make: same vocabulary, same split. Raises ValueError otherwise."""
+def check_trained(folder: Path, *, kind: TokenizerKind, vocab_size: int, validation_fraction: float) -> None:
+    """An existing folder must be what training would make: same kind, vocabulary and split. Else raises ValueError."""
     if not (folder / RECEIPT).is_file():
         raise ValueError(
             f"tokenizer {folder}: exists and was not trained here ({RECEIPT} is missing); leave out train_tokenizer to"
             " use it"
         )
-    found = json.loads((folder / RECEIPT).read_text())
-    for key, expected in (("vocab_size", vocab_size), ("split", split_rule(validation_fraction))):
+    found = {"kind": UNNAMED_KIND} | json.loads((folder / RECEIPT).read_text())
+    wanted = {"kind": kind, "vocab_size": vocab_size, "split": split_rule(validation_fraction)}
+    for key, expected in wanted.items():
         if found.get(key) != expected:
             raise ValueError(
                 f"tokenizer {folder}: trained with {key} {found.get(key)!r}, expected {expected!r}; delete the folder"
@@ -72,14 +65,18 @@ def check_trained(folder: Path, vocab_size: int, validation_fraction: float) -> 
 
 
 class _Receipt:
-    """What a tokenizer was trained on."""
+    """What a tokenizer was trained on: the train documents of the latest reading."""
 
     def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
         self.documents = 0
         self.bytes = 0
         self.digest = hashlib.sha256()
 
     def watch(self, documents: Iterable[Document], validation_fraction: float) -> Iterator[str]:
+        self._restart()
         for document in documents:
             if split_of(document, validation_fraction) == "train":
                 self.documents += 1
@@ -87,11 +84,8 @@ class _Receipt:
                 self.digest.update(document.digest())
                 yield document.text
 
-    def to_dict(self, source: str, vocab_size: int, validation_fraction: float) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "source": source,
-            "vocab_size": vocab_size,
-            "split": split_rule(validation_fraction),
             "documents": self.documents,
             "bytes": self.bytes,
             "sha256_of_document_hashes": self.digest.hexdigest(),

@@ -1,28 +1,22 @@
-"""The position-loss picture: does the loss keep falling along the context, and does the inner loop make it fall?
-
-Drawn without a display and without matplotlib's global figure state, so it can run inside training.
-"""
+"""The position-loss picture of one run: does the loss keep falling along the context, and does the inner loop make it fall?"""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ttt_lit.experiment.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, plain_axes, save_figure
 from ttt_lit.metrics import Inner
 from ttt_lit.train.position import position_buckets
 
-# Okabe and Ito's palette: told apart by colour-blind readers too. Its yellow is left out, being too light for a line.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)
 _STYLES: dict[Inner, str] = {"on": "-", "off": (0, (4, 2))}  # type: ignore[dict-item]
 # Points of the faint curve: single positions on the left, averages where several would fall on one pixel.
 _FINE_POINTS = 400
@@ -47,25 +41,14 @@ def save_position_figure(curves: Sequence[Curve], stem: Path, *, window: int | N
         stem: path without an ending.
         window: where a sliding window of this many tokens begins to lose sight of the first token; None draws no mark.
     """
-    figure = position_figure(curves, window=window)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = (stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg"))
-    for path in paths:
-        temporary = path.with_name(path.name + ".tmp")
-        kind = path.suffix[1:]
-        # Text stays text and ids do not depend on the time, so that the same curves give the same SVG.
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "position_loss"}):
-            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        os.replace(temporary, path)
-    return paths
+    return save_figure(position_figure(curves, window=window), stem, salt="position_loss")
 
 
 def position_figure(curves: Sequence[Curve], *, window: int | None = None) -> Figure:
     """The picture as a figure: bucket means as lines, finer bins faint behind them."""
     if not curves:
         raise ValueError("position figure: got no curve, expected at least one")
-    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 5.4)
     axes = figure.add_subplot()
     colours = {stage: _COLOURS[i % len(_COLOURS)] for i, stage in enumerate(dict.fromkeys(c.stage for c in curves))}
     means = [_draw(axes, curve, colours[curve.stage]) for curve in curves]
@@ -140,6 +123,4 @@ def _dress(axes: Axes, curves: Sequence[Curve], means: np.ndarray) -> None:
     axes.set_title(
         "Validation loss by token position (lines: bucket means; faint: finer bins)", loc="left", fontsize=11
     )
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)

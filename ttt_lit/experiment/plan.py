@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ttt_lit.convert.windowed import windowed
 from ttt_lit.experiment.devices import Device, device_named
 from ttt_lit.experiment.plan_config import PlannedRun, read_run
 from ttt_lit.experiment.plan_memory import PARTS, Setting, StageMemory, stage_memory
@@ -95,7 +94,7 @@ def plan(arguments: list[str], options: PlanOptions) -> str:
 
 
 def _stage(run: PlannedRun, stage: StagePlan, device: Device, setting: Setting, utilisation: float) -> PlannedStage:
-    spec, engine = windowed(run.spec, stage.window), run.module.engine
+    spec, engine = stage.network(run.spec), run.module.engine
     flops = stage_flops(spec, stage, engine, precision=run.precision)
     ceiling = None if device.peak_tflops is None else device.peak_tflops * 1e12 / flops.total
     return PlannedStage(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 
 from ttt_lit.checkpoint.receipt import Receipt
+from ttt_lit.convert.windowed import with_windows
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.families import family_of_config
 from ttt_lit.model.spec import ModelSpec
@@ -90,9 +90,7 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
 
 
 def _spec(origin: Origin, module: TTTModule) -> ModelSpec:
-    spec = _with_prime(origin, module.ttt)
-    windows = zip(spec.layers, origin.imported_windows, strict=True)
-    return spec.with_layers(tuple(dataclasses.replace(layer, window=window) for layer, window in windows))
+    return with_windows(_with_prime(origin, module.ttt), origin.imported_windows)
 
 
 def _origin(init_from: str, shape: str | None) -> tuple[Origin, str]:

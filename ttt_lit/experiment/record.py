@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 from ttt_lit.experiment.strict_json import decode, encode, refuse_constant
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_NAME = "record.json"
 
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 Mode = Literal["none", "static", "meta", "first_order"]
+Role = Literal["external", "fa_scratch", "fa_import", "bridge", "direct", "ttt_scratch", "control"]
+Headline = Literal["on", "off"]
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,8 @@ class Start:
 
     source: str | None = None
     """The checkpoint that the run started from; null: from nothing."""
+    weights_hash: str | None = None
+    """SHA-256 that identifies that checkpoint's weights; null: random weights."""
     lineage: list[Any] = field(default_factory=list)
     """The start checkpoint's lineage, as stored with it."""
     receipt: dict[str, Any] = field(default_factory=dict)
@@ -39,11 +43,39 @@ class Start:
 class Model:
     """The network at the start of the run."""
 
+    family: str
+    """Checkpoint family: qwen2, gemma3, …"""
     num_parameters: int
     num_layers: int
     ttt_layers: list[int]
     spec: dict[str, Any] = field(default_factory=dict)
     """The whole model spec."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Identities of what the run read: equal hashes are equal bytes."""
+
+    tokenizer: str | None = None
+    """Hash of the tokenizer."""
+    short: str | None = None
+    """SHA-256 of the manifest of the short documents; null where no stage reads them."""
+    long: str | None = None
+    """The same of the long documents, whose held-out side is what every run is measured on."""
+
+
+@dataclass(kw_only=True)
+class Parent:
+    """A run whose weights this run started from, directly or through others."""
+
+    name: str
+    """EXPERIMENT/ID, or the name of a checkpoint that came from elsewhere."""
+    stage: str | None = None
+    """Its last stage that went into the start; null: not known."""
+    gpu_seconds: float | None = None
+    """Compute device-seconds up to there; null: not known."""
+    tokens: int | None = None
+    """Tokens trained up to there; null: not known."""
 
 
 @dataclass(kw_only=True)
@@ -122,6 +154,20 @@ class Bucket:
 
 
 @dataclass(kw_only=True)
+class Document:
+    """One held-out block: the unit that comparisons are paired by. Losses in nats per token."""
+
+    id: str
+    """Of its tokens: equal ids are equal blocks."""
+    bytes: int
+    nats_per_token: float
+    short: float
+    """Mean over the positions of the short context."""
+    deciles: list[float]
+    """Mean over each tenth of the positions, in order."""
+
+
+@dataclass(kw_only=True)
 class Validation:
     """One pass over held-out documents."""
 
@@ -135,6 +181,8 @@ class Validation:
     bytes: int
     buckets: list[Bucket]
     """Loss by position, in order, without gaps from 0 to the context."""
+    documents: list[Document] = field(default_factory=list)
+    """Every block, sorted by id."""
     curve: str | None = None
     """Array file with the loss at every position, relative to the record."""
 
@@ -183,6 +231,10 @@ class Stage:
     train_loss_mean: float | None = None
     train_loss_last_tenth: float | None = None
     """Mean over the last 10 % of the optimiser steps."""
+    train_losses: list[float] = field(default_factory=list)
+    """Nats per token of every optimiser step."""
+    train_gpu_seconds: list[float] = field(default_factory=list)
+    """Compute device-seconds of the whole run at the end of every optimiser step."""
     transition: Transition | None = None
     """Null for a run's first stage, if nothing was converted."""
     validations: list[Validation] = field(default_factory=list)
@@ -211,6 +263,15 @@ class RunRecord:
 
     run_id: str
     experiment: str
+    role: Role | None = None
+    """What the run is in a comparison; null: nothing in particular."""
+    variant: str = ""
+    """What an ablation changed, as ``axis=label``; empty: nothing."""
+    share: float | None = None
+    """Budget as a share of the baseline's GPU-hours; null: matched by tokens."""
+    seed: int = 0
+    headline: Headline = "off"
+    """Which of the final stage's losses speaks for the run: with the inner loop on or off."""
     status: Status = "running"
     reason: str | None = None
     """Why the run did not finish; null while it runs and when it finished."""
@@ -221,21 +282,40 @@ class RunRecord:
     """The resolved configuration."""
     start: Start = field(default_factory=Start)
     model: Model
+    data: Data = field(default_factory=Data)
     environment: Environment = field(default_factory=Environment)
     git: Git = field(default_factory=Git)
+    start_validation: Validation | None = None
+    """The start checkpoint as it came, on the blocks that every stage end is measured on, inner loop off; null for random weights."""
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
     totals: Spent = field(default_factory=Spent)
     unigram_entropy: float | None = None
     """Nats per token: entropy of the validation tokens' own frequencies. A model that is not well below it has learnt little else."""
-    parents: list[str] = field(default_factory=list)
-    """Run ids of every run that made the start checkpoint, oldest first."""
+    parents: list[Parent] = field(default_factory=list)
+    """Every run that made the start checkpoint, oldest first."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def name(self) -> str:
         """The run among all runs: experiment and id."""
         return f"{self.experiment}/{self.run_id}"
+
+    def final(self, inner: Headline | None = None) -> Validation | None:
+        """The last stage's validation that speaks for the run (or that of ``inner``); None where it was not measured."""
+        wanted = inner or self.headline
+        last = self.stages[-1].validations if self.stages else []
+        return next((validation for validation in last if validation.inner == wanted), None)
+
+    def cost(self) -> dict[str, Any]:
+        """What the weights at the run's end have cost: the entry of a checkpoint's lineage that says who trained it."""
+        return {
+            "experiment": self.experiment,
+            "run": self.run_id,
+            "stage": self.stages[-1].name if self.stages else None,
+            "gpu_seconds": round(self.totals.gpu_seconds.get("compute", 0.0), 3),
+            "tokens": self.totals.tokens,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. ValueError naming the field if a number is not finite and the run did not diverge."""

@@ -42,7 +42,7 @@ def decode(kind: Any, value: Any, where: str, diverged: bool) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
-    if origin is types.UnionType:
+    if origin is types.UnionType or origin is typing.Union:  # a Literal | None is the latter
         inner = next(argument for argument in arguments if argument is not types.NoneType)
         return None if value is None else decode(inner, value, where, diverged)
     if origin is Literal:

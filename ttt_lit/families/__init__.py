@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ttt_lit.families import qwen2, ttt_e2e
+from ttt_lit.families import gemma3, qwen2, ttt_e2e
 from ttt_lit.families.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2.FAMILY, ttt_e2e.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2.FAMILY, gemma3.FAMILY, ttt_e2e.FAMILY)}
 
 
 def family_named(name: str) -> Family:

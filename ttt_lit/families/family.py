@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from ttt_lit.families.keys import RenameRules
 from ttt_lit.model.spec import ModelSpec
 
+ReadConfig = Callable[[Mapping[str, Any]], ModelSpec]
+WriteConfig = Callable[[ModelSpec, Mapping[str, Any] | None], dict[str, Any]]
 Shapes = dict[str, tuple[int, ...]]
 Layout = Literal["same", "transposed", "paired_rows", "paired_vector"]
 
@@ -49,9 +52,9 @@ class Family:
     """Name in the table of families and in our checkpoint folder."""
     model_types: tuple[str, ...]
     """Values of ``model_type`` in config.json that belong to this family."""
-    spec_from_config: Callable[[Mapping[str, Any]], ModelSpec]
+    spec_from_config: ReadConfig
     """Parsed config.json -> spec. Refuses, by field name, what it does not implement."""
-    config_from_spec: Callable[[ModelSpec, Mapping[str, Any] | None], dict[str, Any]] | None
+    config_from_spec: WriteConfig | None
     """Spec and the config it came from (or None) -> config.json. None: the family has no Hugging Face model class."""
     stored_shapes: Callable[[ModelSpec], Shapes]
     """Every tensor that a checkpoint of this spec must hold, by stored name."""
@@ -61,6 +64,35 @@ class Family:
     """Stored names that may be present although the spec has no use for them, with the reason."""
     head_key: str | None
     """Stored name of the output head, which a tied checkpoint may hold as a copy of the embedding. None: never."""
+
+
+def renamed_family(
+    *,
+    name: str,
+    model_types: tuple[str, ...],
+    rules: RenameRules,
+    spec_from_config: ReadConfig,
+    config_from_spec: WriteConfig,
+) -> Family:
+    """A family that stores each of our parameters as one tensor of the same shape, under another name."""
+
+    def sources(spec: ModelSpec) -> dict[str, Source]:
+        return {ours: Source(key=theirs) for ours, theirs in rules.map_to_theirs(spec.parameter_shapes()).items()}
+
+    def stored_shapes(spec: ModelSpec) -> Shapes:
+        shapes = spec.parameter_shapes()
+        return {source.key: shapes[ours] for ours, source in sources(spec).items()}
+
+    return Family(
+        name=name,
+        model_types=model_types,
+        spec_from_config=spec_from_config,
+        config_from_spec=config_from_spec,
+        stored_shapes=stored_shapes,
+        sources=sources,
+        dropped=lambda _: {},
+        head_key=rules.to_theirs("lm_head.weight"),
+    )
 
 
 def _halves_from_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -10,13 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ttt_lit.families.common_fields import (
+    ACTIVATIONS,
+    FULL,
+    SLIDING,
+    activation_name,
+    added_by_conversion,
+    agreed_rope_base,
+    differing,
+    read_layer_types,
+    read_rope_object,
+    refuse_what_no_family_implements,
+)
 from ttt_lit.families.config_fields import MAX_LAYERS, read_bool, read_choice, read_float, read_int
-from ttt_lit.families.family import Family, Shapes, Source
+from ttt_lit.families.family import renamed_family
 from ttt_lit.families.keys import RenameRules, Rule
 from ttt_lit.model.spec import LayerSpec, ModelSpec
-
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-LAYER_KINDS = ("full_attention", "sliding_attention")
 
 RULES = RenameRules(
     (
@@ -86,7 +95,6 @@ def config_from_spec(spec: ModelSpec, source: Mapping[str, Any] | None) -> dict[
 def _fields(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
     for old in ("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "head_dim"):
         config.pop(old, None)
-    hidden_act = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == spec.activation)
     fields: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -96,7 +104,7 @@ def _fields(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
-        "hidden_act": hidden_act,
+        "hidden_act": activation_name(spec.activation),
         "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tied_head,
         # Read by every version of transformers; version 5 moves it into rope_parameters by itself.
@@ -117,7 +125,7 @@ def _window_fields(windows: list[int | None]) -> dict[str, Any]:
         "max_window_layers": sliding[0],
     }
     if len(sliding) != len(windows) - sliding[0]:
-        fields["layer_types"] = [LAYER_KINDS[window is not None] for window in windows]
+        fields["layer_types"] = [FULL if window is None else SLIDING for window in windows]
     return fields
 
 
@@ -127,55 +135,32 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
     window = None
     if read_bool(config, "use_sliding_window", default=False) and config.get("sliding_window", 0) is not None:
         window = read_int(config, "sliding_window", default=4096)
-    kinds = config.get("layer_types")
+    kinds = read_layer_types(config, count)
     if kinds is None:
         first = config.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
             raise ValueError(f"config.json: max_window_layers is {first!r}, expected a whole number from 0")
         return [window if i >= first else None for i in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in LAYER_KINDS for kind in kinds):
-        raise ValueError(f"config.json: layer_types needs {count} entries of {LAYER_KINDS}, got {str(kinds)[:200]}")
-    if window is None and LAYER_KINDS[1] in kinds:
+    if window is None and SLIDING in kinds:
         raise ValueError(
             "config.json: layer_types has sliding_attention but no window: set use_sliding_window and sliding_window"
         )
-    return [window if kind == LAYER_KINDS[1] else None for kind in kinds]
+    return [window if kind == SLIDING else None for kind in kinds]
 
 
 def _rope_base(config: Mapping[str, Any]) -> float:
     """The rotary base, from wherever the config says it; two places that disagree are an error."""
-    names = [name for name in ("rope_parameters", "rope_scaling") if config.get(name) is not None]
-    if not names:
-        return read_float(config, "rope_theta", default=10_000.0)
-    if len(names) > 1 and config[names[0]] != config[names[1]]:
-        raise ValueError("config.json: rope_parameters and rope_scaling disagree: remove the wrong one")
-    name = names[0]
-    rope = config[name]
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: {name} is {rope!r}, expected an object or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("type", kind) != kind:
-        raise ValueError(f"config.json: {name} asks for rope type {kind!r}; only 'default' (no scaling) is implemented")
-    unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
-    if unknown:
-        raise ValueError(f"config.json: {name} has the fields {unknown}, which are not implemented")
-    if "rope_theta" not in rope:
-        return read_float(config, "rope_theta", default=10_000.0)
-    base = read_float(rope, "rope_theta")
-    if "rope_theta" in config and read_float(config, "rope_theta") != base:
-        raise ValueError(f"config.json: rope_theta is {config['rope_theta']}, {name} says {base}: remove the wrong one")
-    return base
+    places = ("rope_parameters", "rope_scaling")
+    stated = {name: read_rope_object(config.get(name), name) for name in places}
+    if "rope_theta" in config:
+        stated["rope_theta"] = read_float(config, "rope_theta")
+    return agreed_rope_base(stated, default=10_000.0)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config") is not None:
-        raise ValueError("config.json: quantization_config is set; quantised checkpoints are not supported")
+    refuse_what_no_family_implements(config)
     if config.get("use_mrope"):
         raise ValueError("config.json: use_mrope is set; multimodal rotary embedding is not implemented")
-    if config.get("attention_dropout"):
-        raise ValueError(
-            f"config.json: attention_dropout is {config['attention_dropout']!r}; dropout is not implemented"
-        )
 
 
 def _not_expressible(spec: ModelSpec) -> list[str]:
@@ -188,15 +173,7 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
         "embedding_scale": 1.0,
         "score_scale": None,
     }
-    problems = [
-        f"{name}={getattr(spec, name)} (always {value})"
-        for name, value in fixed.items()
-        if getattr(spec, name) != value
-    ]
-    if primes := [i for i, layer in enumerate(spec.layers) if layer.prime is not None]:
-        problems.append(f"prime MLPs (layers {primes})")
-    if spec.ttt_layers:
-        problems.append(f"fast weights (layers {list(spec.ttt_layers)})")
+    problems = differing(spec, fixed) + added_by_conversion(spec)
     if len(bases := sorted({layer.rope_base for layer in spec.layers})) > 1:
         problems.append(f"several RoPE bases {bases}")
     if len(windows := sorted({layer.window for layer in spec.layers if layer.window is not None})) > 1:
@@ -204,26 +181,10 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
     return problems
 
 
-def _sources(spec: ModelSpec) -> dict[str, Source]:
-    return {ours: Source(key=theirs) for ours, theirs in RULES.map_to_theirs(spec.parameter_shapes()).items()}
-
-
-def _stored_shapes(spec: ModelSpec) -> Shapes:
-    shapes = spec.parameter_shapes()
-    return {source.key: shapes[ours] for ours, source in _sources(spec).items()}
-
-
-def _dropped(spec: ModelSpec) -> dict[str, str]:
-    return {}
-
-
-FAMILY = Family(
+FAMILY = renamed_family(
     name="qwen2",
     model_types=("qwen2",),
+    rules=RULES,
     spec_from_config=spec_from_config,
     config_from_spec=config_from_spec,
-    stored_shapes=_stored_shapes,
-    sources=_sources,
-    dropped=_dropped,
-    head_key="lm_head.weight",
 )

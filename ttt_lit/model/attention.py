@@ -26,13 +26,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, unit_offset=spec.norm_unit_offset)
         self.o_proj = nn.Linear(queries, spec.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, window: int | None) -> Tensor:
-        """Whole sequences: x (B, T, D) at the positions of cos and sin (T, head_dim) → (B, T, D)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, window: int | None, sink_tokens: int = 0) -> Tensor:
+        """Whole sequences: x (B, T, D) at the positions of cos and sin (T, head_dim) → (B, T, D).
+
+        ``sink_tokens`` keep their positions: a query rotates against them as far as they really are.
+        """
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(attention(q, k, v, scale=self.scale, window=window).transpose(1, 2).flatten(2))
+        mixed = attention(q, k, v, scale=self.scale, window=window, sink_tokens=sink_tokens)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, H · head_dim) → (B, H, T, head_dim)."""

@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, *, layer: LayerSpec) -> Tensor:
         """The block's first part, attention and its residual: x (B, T, D) → (B, T, D)."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, window=layer.window)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, window=layer.window, sink_tokens=layer.sink_tokens)
         return x + self.post_attention_layernorm(attended)
 
     def fast_mlp(self, layer: LayerSpec) -> GatedMLP:

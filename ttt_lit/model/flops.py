@@ -87,14 +87,17 @@ class FlopCount:
         return {name: sum(getattr(layer, name) for layer in self.layers) for name in names} | {"head": self.head}
 
 
-def key_count(start: int, stop: int, window: int | None) -> int:
-    """Query-key pairs of the queries ``start … stop - 1`` under a causal mask; ``window`` includes the query itself."""
-    return _keys_before(stop, window) - _keys_before(start, window)
+def key_count(start: int, stop: int, window: int | None, sink_tokens: int = 0) -> int:
+    """Query-key pairs of the queries ``start … stop - 1`` under a causal mask; ``window`` includes the query itself.
+
+    The first ``sink_tokens`` tokens are seen from outside of the window too.
+    """
+    return _keys_before(stop, window, sink_tokens) - _keys_before(start, window, sink_tokens)
 
 
-def average_keys(context: int, window: int | None) -> float:
+def average_keys(context: int, window: int | None, sink_tokens: int = 0) -> float:
     """Keys per query, averaged over a sequence."""
-    return key_count(0, context, window) / context
+    return key_count(0, context, window, sink_tokens) / context
 
 
 def forward_flops(spec: ModelSpec, *, context: int, mode: Mode, chunk: int | None = None) -> FlopCount:
@@ -218,6 +221,10 @@ def _updates(spec: ModelSpec, context: int, mode: Mode) -> bool:
     updates = mode in ("meta", "first_order")
     if updates and not spec.ttt_layers:
         raise ValueError(f"flops: mode {mode!r} needs a layer with fast weights, but the model has none")
+    if updates and any(layer.sink_tokens for layer in spec.layers):
+        raise ValueError(
+            f"flops: mode {mode!r} reads in chunks, which carry no attention sinks; expected sink_tokens 0"
+        )
     return updates
 
 
@@ -264,7 +271,7 @@ def _whole_attention(spec: ModelSpec, layer: LayerSpec, context: int, whole: _Wh
     spared = _matrix(spec, queries) if ends and whole.again and not spec.post_norms else 0
     return LayerFlops(
         attention_projections=_projections(spec) * times - spared,
-        attention_scores=4 * queries * average_keys(context, layer.window) * times,
+        attention_scores=4 * queries * average_keys(context, layer.window, layer.sink_tokens) * times,
     )
 
 
@@ -302,6 +309,8 @@ def _projections(spec: ModelSpec) -> int:
     return _matrix(spec, 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim)
 
 
-def _keys_before(stop: int, window: int | None) -> int:
+def _keys_before(stop: int, window: int | None, sink_tokens: int = 0) -> int:
     width = stop if window is None else min(window, stop)
-    return width * (width + 1) // 2 + (stop - width) * width
+    near = width * (width + 1) // 2 + (stop - width) * width
+    # The query ``window + r`` sees r + 1 tokens less, of which the sinks come back: a causal mask that is ``sink_tokens`` wide.
+    return near + (_keys_before(stop - width, sink_tokens) if sink_tokens else 0)

@@ -39,6 +39,8 @@ class LayerSpec:
 
     window: int | None = None
     """Tokens that a query sees, itself included. None: the whole past (dense causal attention)."""
+    sink_tokens: int = 0
+    """Tokens from the first on that every later query sees as well, although they lie outside of its window (attention sinks)."""
     rope_base: float = 10_000.0
     """Base of the rotary position embedding. Comes from the checkpoint and survives every conversion."""
     prime: PrimeSpec | None = None
@@ -50,6 +52,10 @@ class LayerSpec:
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"LayerSpec.window: got {self.window}, expected at least 1 token, or null for dense attention"
+            )
+        if self.sink_tokens < 0 or (self.sink_tokens and self.window is None):
+            raise ValueError(
+                f"LayerSpec.sink_tokens: got {self.sink_tokens} with window {self.window}, expected 0, or more tokens beside a window"
             )
         if not self.rope_base > 0:
             raise ValueError(f"LayerSpec.rope_base: got {self.rope_base}, expected a positive number")

@@ -7,6 +7,8 @@ Four kernels compute the function that ``attention_naive`` specifies:
   as a mask alone, which costs more than it saves.
 - ``triton``: our own kernels for windows and carried keys on CUDA, with exact derivatives of both orders.
 - ``tiled``: the same in plain PyTorch, for every device and dtype.
+
+Attention sinks (``sink_attention``) run on one of the last two for the window, and in plain PyTorch for the sinks outside of it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_lit.ops.carried_attention import CarriedKernel, attend
+from ttt_lit.ops.sink_attention import attend_with_sinks
 
 Kernel = Literal["flash", "sdpa", "triton", "tiled"]
 
@@ -31,13 +34,18 @@ _HALF = (torch.float16, torch.bfloat16)
 _TRITON_HEADS = {torch.float32: range(16, 129), torch.float16: range(16, 257), torch.bfloat16: range(16, 257)}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, sink_tokens: int = 0) -> Tensor:
     """Causal attention of whole sequences, each query within ``window`` tokens (None: the whole past). Differentiable once.
 
-    q (B, Hq, T, D); k, v (B, Hkv, T, D) with Hq a multiple of Hkv. Returns (B, Hq, T, D).
+    The first ``sink_tokens`` tokens are seen from everywhere; without a window that means nothing. q (B, Hq, T, D); k, v (B, Hkv, T, D)
+    with Hq a multiple of Hkv. Returns (B, Hq, T, D).
     """
-    if window is not None and window >= k.shape[2]:
+    if window is not None and window + sink_tokens >= k.shape[2]:
         window = None
+    if window is not None and sink_tokens:
+        near = choose_carried_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window)
+        _note("sinks")
+        return attend_with_sinks(q, k, v, scale=scale, window=window, sink_tokens=sink_tokens, kernel=near)
     kernel = choose_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window, second_order=False)
     _note(kernel)
     if kernel == "flash":
@@ -50,7 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
 def choose_carried_kernel(
     *, device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None
 ) -> CarriedKernel:
-    """The kernel for chunks and their carried keys."""
+    """The kernel for chunks and their carried keys, and for the window of attention with sinks."""
     kernel = choose_kernel(device=device, dtype=dtype, head_dim=head_dim, window=window, second_order=True)
     _note(kernel)
     assert kernel == "triton" or kernel == "tiled"  # noqa: PLR1714 (one by one, for the type)
@@ -73,7 +81,7 @@ def choose_kernel(
 
 
 @torch.compiler.assume_constant_result
-def _note(kernel: Kernel) -> None:
+def _note(kernel: Kernel | Literal["sinks"]) -> None:
     kernels_that_ran.add(kernel)
 
 

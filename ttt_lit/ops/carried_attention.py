@@ -54,6 +54,26 @@ def attend(
     return Attended(*_attend(q, k, v, past_k, past_v, output, lse, scale, window, kernel))
 
 
+def gradient_through(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    known: Attended,
+    *,
+    scale: float,
+    window: int | None,
+    kernel: CarriedKernel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What these keys contribute to the gradient of ⟨do, output⟩, as (dq, dk, dv); it is itself a constant.
+
+    ``known`` may be attention over more keys than k and v. With its output and log-sum-exp, p and the softmax's derivative are those of
+    the whole row, so that contributions of disjoint sets of keys add up.
+    """
+    dq, dk, dv = _attend_backward(do, q, k, v, None, None, *known, scale, window, kernel, False)
+    return dq, dk, dv
+
+
 def attend_dual(
     q: Tensor,
     k: Tensor,

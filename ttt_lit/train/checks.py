@@ -51,9 +51,14 @@ def check_callbacks(callbacks: Sequence[L.Callback]) -> None:
 def check_stages(
     plans: Sequence[StagePlan], start: Start, config: StartConfig, inner: InnerLoop, size: SizeConfig
 ) -> None:
-    """Modes need TTT layers and a rate; the validation context needs whole chunks."""
+    """Modes need TTT layers and a rate, kept layers must exist, and the validation context needs whole chunks."""
     for plan in plans:
         mode = plan.config.mode
+        unknown = sorted(set(plan.config.full_attention_layers) - set(range(start.spec.num_layers)))
+        if unknown:
+            raise ValueError(
+                f"stage {plan.name}: full_attention_layers: got {unknown}, expected layer indices from 0 to {start.spec.num_layers - 1}"
+            )
         if mode != "none" and not start.spec.ttt_layers:
             raise ValueError(f"stage {plan.name}: mode {mode} needs TTT layers; set model.ttt")
         if mode in ("meta", "first_order") and inner.lr == 0:

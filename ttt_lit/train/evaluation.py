@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ttt_lit.metrics import Inner
 from ttt_lit.model.spec import Mode
-from ttt_lit.train.position import PositionLoss, PositionResult
+from ttt_lit.train.position import PositionLoss, PositionResult, bucket_means, position_buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,11 @@ class ValidationConfig:
     """Evenly spread blocks among those, measured while a stage runs; must divide ``blocks``."""
     every_share: float = 0.05
     """Share of a stage's budget between two measurements of the subset; 0: none."""
-    during: tuple[Literal["A", "B0", "B1", "B2", "C"], ...] = ("C",)
+    during: tuple[Literal["A", "B0", "B1", "B2", "C"], ...] = ("A", "C")
     """Stages in which the subset is measured."""
+    headline: Literal["as_trained", "with_updates", "without_updates"] = "as_trained"
+    """Which loss of the last stage speaks for the run in a comparison. ``as_trained``: with inner updates exactly where the stage
+    trains with them; ``with_updates`` is the control that learns while reading without ever having been trained to."""
 
     def __post_init__(self) -> None:
         if self.subset < 1 or self.blocks % self.subset or not 0 <= self.every_share <= 1:
@@ -35,33 +38,88 @@ class ValidationConfig:
 
 
 class Evaluation(nn.Module):
-    """Position-loss sums of one pass over validation blocks, for each setting of the inner loop that the model has."""
+    """Position-loss sums of one pass over validation blocks, for each setting of the inner loop that the model has.
 
-    def __init__(self, context: int, *, has_inner_loop: bool) -> None:
+    Args:
+        context: tokens per block.
+        short: the short context, whose positions are also averaged apart.
+        has_inner_loop: whether there is anything to update.
+    """
+
+    def __init__(self, context: int, *, short: int, has_inner_loop: bool) -> None:
         super().__init__()
         settings: list[Inner] = ["off", "on"] if has_inner_loop else ["off"]
-        self.metrics = nn.ModuleDict({inner: PositionLoss(context) for inner in settings})
+        self.metrics = nn.ModuleDict({inner: PositionLoss(context, short=short) for inner in settings})
 
     def reset(self) -> None:
         for metric in self.metrics.values():
             metric.reset()  # type: ignore[operator]
 
-    def update(self, losses: dict[Inner, Tensor], num_bytes: Tensor) -> None:
-        """Add token losses (B, T) per setting, and the bytes of the batch's targets."""
+    def update(self, losses: dict[Inner, Tensor], num_bytes: Tensor, ids: Tensor) -> None:
+        """Add token losses (B, T) per setting, with the bytes of each block's targets and its identity, both (B,)."""
         for inner, nll in losses.items():
-            self.metrics[inner].update(nll, num_bytes)  # type: ignore[operator]
+            self.metrics[inner].update(nll, num_bytes, ids)  # type: ignore[operator]
 
     def compute(self) -> dict[Inner, PositionResult]:
-        """Results per setting, summed over ranks (a collective call)."""
-        return {inner: metric.compute() for inner, metric in self.metrics.items()}  # type: ignore[operator,misc]
+        """Results per setting that was measured, which every rank knows alike; summed over ranks (a collective call)."""
+        measured = [(inner, metric) for inner, metric in self.metrics.items() if metric.update_called]
+        return {inner: metric.compute() for inner, metric in measured}  # type: ignore[operator,misc]
 
 
-def evaluation_modes(training: Mode, *, has_inner_loop: bool) -> dict[Inner, Mode]:
-    """In which mode each setting reads. Off is the trained network without updates: ``none`` where prime MLPs are not trained yet."""
+def validation_entry(inner: Inner, result: PositionResult) -> dict[str, Any]:
+    """One result as the plain data that a run keeps and its record shows."""
+    buckets = position_buckets(len(result.curve))
+    means = bucket_means(result.curve, buckets)
+    return {
+        "inner": inner,
+        "context": len(result.curve),
+        "nats_per_token": result.nats_per_token,
+        "bits_per_byte": result.bits_per_byte,
+        "blocks": result.blocks,
+        "tokens": result.tokens,
+        "bytes": result.num_bytes,
+        "buckets": [
+            {"start": start, "stop": stop, "nats_per_token": mean}
+            for (start, stop), mean in zip(buckets, means, strict=True)
+        ],
+        "documents": [
+            {
+                "id": block.id,
+                "bytes": block.num_bytes,
+                "nats_per_token": block.nats_per_token,
+                "short": block.short,
+                "deciles": list(block.deciles),
+            }
+            for block in result.documents
+        ],
+        "curve": None,
+    }
+
+
+def evaluation_modes(training: Mode, *, has_inner_loop: bool, has_sinks: bool = False) -> dict[Inner, Mode]:
+    """In which mode each setting reads. Off is the trained network without updates: ``none`` where prime MLPs are not trained yet.
+
+    With attention sinks there is no "on": chunks carry no sinks, and without them another network would be measured.
+    """
     off: Mode = "none" if training == "none" else "static"
-    return {"off": off, "on": "meta"} if has_inner_loop else {"off": off}
+    return {"off": off, "on": "meta"} if has_inner_loop and not has_sinks else {"off": off}
+
+
+def headline_inner(config: ValidationConfig, last: Mode, *, can_update: bool) -> Inner:
+    """Which loss of the last stage, trained in mode ``last``, speaks for the run.
+
+    Raises:
+        ValueError: updates are asked of a stage that has nothing to update, or that has attention sinks.
+    """
+    if config.headline == "as_trained":
+        return "on" if last in ("meta", "first_order") else "off"
+    if config.headline == "with_updates" and not can_update:
+        raise ValueError(
+            "validation.headline: with_updates needs TTT layers, and no sink_tokens in the last stage; set model.ttt or choose as_trained"
+        )
+    return "on" if config.headline == "with_updates" else "off"
 
 
 def target_bytes(tokens: Tensor, table: Tensor) -> Tensor:
-    """Bytes of text of the targets of tokens (B, T+1), a scalar int64; ``table`` holds bytes per token id."""
-    return table.to(tokens.device)[tokens[:, 1:]].sum(dtype=torch.int64)
+    """Bytes of text of the targets of each row of tokens (B, T+1): (B,) int64; ``table`` holds bytes per token id."""
+    return table.to(tokens.device)[tokens[:, 1:]].sum(dim=1, dtype=torch.int64)

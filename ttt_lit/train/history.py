@@ -15,6 +15,8 @@ class StageHistory:
     transition: dict[str, Any] | None = None
     losses: list[float] = field(default_factory=list)
     """Loss of every optimiser step, nats per token."""
+    gpu_seconds: list[float] = field(default_factory=list)
+    """Compute device-seconds of the whole run at the end of every optimiser step."""
     norm_sums: list[float] = field(default_factory=list)
     """Sum over steps of the mean ‖ΔW‖ of each inner step, in the order of the chunks."""
     norm_range: list[float] = field(default_factory=list)
@@ -22,8 +24,10 @@ class StageHistory:
     validations: list[dict[str, Any]] = field(default_factory=list)
     peak_gib: float = 0.0
 
-    def add_step(self, report: StepReport) -> None:
+    def add_step(self, report: StepReport, gpu_seconds: float) -> None:
+        """One optimiser step, after which the run has computed for ``gpu_seconds`` device-seconds."""
         self.losses.append(report.loss)
+        self.gpu_seconds.append(round(gpu_seconds, 3))
         norms = report.update_norms
         if not norms:
             return
@@ -44,6 +48,8 @@ class History:
 
     stages: dict[str, StageHistory] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    start_validation: dict[str, Any] | None = None
+    """The start checkpoint, as it came."""
 
     def stage(self, name: str) -> StageHistory:
         return self.stages.setdefault(name, StageHistory())
@@ -52,8 +58,10 @@ class History:
         return {
             "stages": {name: dict(vars(stage)) for name, stage in self.stages.items()},
             "evaluations": self.evaluations,
+            "start_validation": self.start_validation,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stages = {name: StageHistory(**stage) for name, stage in state["stages"].items()}
         self.evaluations = list(state["evaluations"])
+        self.start_validation = state["start_validation"]

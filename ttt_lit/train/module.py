@@ -15,18 +15,25 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from ttt_lit.convert.fast_mlp import TTTConfig
-from ttt_lit.convert.windowed import windowed
 from ttt_lit.data.stream import StreamRequest, TokenDataModule
 from ttt_lit.metrics import Inner
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
-from ttt_lit.train.evaluation import Evaluation, ValidationConfig, evaluation_modes, target_bytes
+from ttt_lit.train.evaluation import (
+    Evaluation,
+    ValidationConfig,
+    evaluation_modes,
+    headline_inner,
+    target_bytes,
+)
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, load_moments, set_lr
 from ttt_lit.train.parallel import fill, reshard, shard
+from ttt_lit.train.position import block_ids
+from ttt_lit.train.run_config import RunConfig
 from ttt_lit.train.stage_flops import stage_flops
 from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
@@ -71,8 +78,8 @@ class TTTModule(L.LightningModule):
         self.plans: tuple[StagePlan, ...] = ()
         self.entered = -1
         """Index of the stage whose one-time entry is done; saved with the run."""
-        self.run_name = ("unnamed", "unnamed")
-        """Experiment and id of the run."""
+        self.run = RunConfig(experiment="unnamed")
+        """What the run is called, and what it is in a comparison."""
         self.run_config: dict[str, Any] = {}
         """The resolved configuration, for the record."""
         self.validate_stage = 0
@@ -100,11 +107,15 @@ class TTTModule(L.LightningModule):
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
         self._check_validation()
+        last = self.plans[-1].config
+        self.headline = headline_inner(
+            self.validation, last.mode, can_update=self.has_inner_loop and not last.sink_tokens
+        )
         self.ledger = Ledger(devices=self.trainer.world_size)
         if self._ledger_state is not None:
             self.ledger.load_state_dict(self._ledger_state)
         self.window = StepWindow()
-        self.evaluation = Evaluation(self.size.long, has_inner_loop=self.has_inner_loop)
+        self.evaluation = self.new_evaluation()
         self._tables = {name: self.datamodule.token_bytes(name) for name in self._datasets()}
 
     def _check_validation(self) -> None:
@@ -166,7 +177,7 @@ class TTTModule(L.LightningModule):
 
     def stage_spec(self, plan: StagePlan) -> ModelSpec:
         """The network's description in a stage: the start's, with the stage's window."""
-        return windowed(self.start.spec, plan.window)
+        return plan.network(self.start.spec)
 
     def enter_stage(self, index: int) -> None:
         """Put the network and the trainer into a stage. Repeating it (resume) changes nothing."""
@@ -269,7 +280,7 @@ class TTTModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         out = self.read(batch["tokens"], mode=self.plan.config.mode, inner_lr=self.inner_lr)
-        num_bytes = target_bytes(batch["tokens"], self._tables[self.plan.config.context])
+        num_bytes = target_bytes(batch["tokens"], self._tables[self.plan.config.context]).sum()
         self.window.add(out.token_nll, out.update_norms, num_bytes)
         return out.loss
 
@@ -293,13 +304,18 @@ class TTTModule(L.LightningModule):
             self.enter_stage(self.validate_stage)
         self.evaluation.reset()
 
+    def new_evaluation(self) -> Evaluation:
+        """Empty sums for one pass over held-out long blocks."""
+        return Evaluation(self.size.long, short=self.size.short, has_inner_loop=self.has_inner_loop)
+
     def measure(self, tokens: Tensor, evaluation: Evaluation) -> None:
-        """Add the losses of tokens (B, T+1) under every setting of the inner loop, at its full learning rate."""
-        modes = evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
+        """Add the losses of tokens (B, T+1) under every setting of the inner loop that the stage has, at its full learning rate."""
+        config = self.plan.config
+        modes = evaluation_modes(config.mode, has_inner_loop=self.has_inner_loop, has_sinks=config.sink_tokens > 0)
         losses: dict[Inner, Tensor] = {
             inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll for inner, mode in modes.items()
         }
-        evaluation.update(losses, target_bytes(tokens, self._tables["long"]))
+        evaluation.update(losses, target_bytes(tokens, self._tables["long"]), block_ids(tokens))
 
     # State --------------------------------------------------------------------------------------------------------------------
 

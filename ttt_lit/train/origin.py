@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt
 from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint
+from ttt_lit.convert.windowed import with_windows
 from ttt_lit.families import family_of_config
 from ttt_lit.identity import tokenizer_hash
 from ttt_lit.model.spec import ModelSpec
@@ -38,9 +40,9 @@ class Origin:
 
     def shape_only(self) -> Origin:
         """The same network without weights, history and prime MLPs: what a run from random weights starts from."""
-        layers = zip(self.spec.layers, self.imported_windows, strict=True)
-        bare = tuple(dataclasses.replace(layer, window=window, prime=None, fast=None) for layer, window in layers)
-        return dataclasses.replace(self, spec=self.spec.with_layers(bare), lineage=(), checkpoint=None)
+        spec = with_windows(self.spec, self.imported_windows)
+        bare = tuple(dataclasses.replace(layer, prime=None, fast=None) for layer in spec.layers)
+        return dataclasses.replace(self, spec=spec.with_layers(bare), lineage=(), checkpoint=None)
 
     @property
     def weights_hash(self) -> str | None:
@@ -49,6 +51,22 @@ class Origin:
     @property
     def receipt(self) -> Receipt | None:
         return None if self.checkpoint is None else self.checkpoint.receipt
+
+
+def parents(lineage: Sequence[LineageStep]) -> list[dict[str, Any]]:
+    """Every run that went into a checkpoint, oldest first: ``name``, ``stage``, ``gpu_seconds``, ``tokens``; None for what is not known.
+
+    An imported checkpoint counts as a run of somebody else's, of unknown cost unless the import was told who trained it.
+    """
+    found = []
+    for step in lineage:
+        known = step.parameters if step.operation == "fit" else step.parameters.get("trained_by")
+        if step.operation not in ("fit", "import"):
+            continue
+        known = known or {}
+        name = f"{known['experiment']}/{known['run']}" if known else step.source
+        found.append({"name": name} | {key: known.get(key) for key in ("stage", "gpu_seconds", "tokens")})
+    return found
 
 
 def origin_of_checkpoint(path: str) -> Origin:

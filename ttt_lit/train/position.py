@@ -5,6 +5,7 @@ Sums are float64: bf16 spacing at a loss of 3 is 0.016, coarser than the differe
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,6 +19,23 @@ _FIRST_SHARE = 128
 _LOG_BUCKETS = 14
 
 
+DECILES = 10
+_ID_BITS = 48  # exact in float64, in which ranks exchange their rows
+
+
+class BlockLoss(NamedTuple):
+    """One block's losses in nats per token."""
+
+    id: str
+    """Of its tokens; see ``block_ids``."""
+    num_bytes: int
+    nats_per_token: float
+    short: float
+    """Mean over the positions of the short context."""
+    deciles: tuple[float, ...]
+    """Mean over each tenth of the positions."""
+
+
 class PositionResult(NamedTuple):
     """What ``PositionLoss`` measured. ``curve``: (T,) float64 on CPU, nats per token at each position."""
 
@@ -27,6 +45,8 @@ class PositionResult(NamedTuple):
     blocks: int
     tokens: int
     num_bytes: int
+    documents: tuple[BlockLoss, ...]
+    """Every block, sorted by id: the same for any number of ranks."""
 
 
 class PositionLoss(Metric):
@@ -39,34 +59,42 @@ class PositionLoss(Metric):
     nll_sum: Tensor
     blocks: Tensor
     num_bytes: Tensor
+    rows: list[Tensor]
 
-    def __init__(self, context: int) -> None:
+    def __init__(self, context: int, *, short: int | None = None) -> None:
         super().__init__()
-        if context < 1:
-            raise ValueError(f"PositionLoss: got context {context}, expected at least 1 token")
+        self.short = short or context
+        if context < 1 or not 1 <= self.short <= context:
+            raise ValueError(f"PositionLoss: got context {context} and short {short}, expected 1 ≤ short ≤ context")
         self.context = context
         self.add_state("nll_sum", torch.zeros(context, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("blocks", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("num_bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         """Follow the module to a device but never to a dtype: torchmetrics guards ``half()`` but not ``to(dtype)``."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
-    def update(self, token_nll: Tensor, num_bytes: int | Tensor) -> None:
+    def update(self, token_nll: Tensor, num_bytes: Tensor, ids: Tensor) -> None:
         """Add a batch.
 
         Parameters:
             token_nll: (B, T) loss of each target in nats, any floating dtype; T must be the context.
-            num_bytes: bytes of text of all the batch's targets, a number or a tensor that is summed.
+            num_bytes: (B,) bytes of text of each block's targets.
+            ids: (B,) ``block_ids`` of the blocks.
         """
         if token_nll.ndim != 2 or token_nll.shape[1] != self.context:
             raise ValueError(
                 f"PositionLoss: got losses of shape {tuple(token_nll.shape)}, expected (batch, {self.context})"
             )
-        self.nll_sum += token_nll.detach().sum(0, dtype=torch.float64)
-        self.blocks += token_nll.shape[0]
-        self.num_bytes += num_bytes.sum() if isinstance(num_bytes, Tensor) else num_bytes
+        nll = token_nll.detach().to(torch.float64)
+        self.nll_sum += nll.sum(0)
+        self.blocks += nll.shape[0]
+        self.num_bytes += num_bytes.sum()
+        columns = [ids.to(nll), num_bytes.to(nll), nll.mean(1), nll[:, : self.short].mean(1)]
+        columns += [nll[:, start:stop].mean(1) for start, stop in deciles(self.context)]
+        self.rows.append(torch.stack(columns, dim=1))
 
     def compute(self) -> PositionResult:
         """The mean curve, its mean, and bits per byte. Without a single block there is nothing to report: an error."""
@@ -84,7 +112,29 @@ class PositionLoss(Metric):
             blocks=blocks,
             tokens=tokens,
             num_bytes=num_bytes,
+            documents=self._documents(),
         )
+
+    def _documents(self) -> tuple[BlockLoss, ...]:
+        # A list where one process computed, one tensor where ranks exchanged theirs.
+        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        return tuple(
+            BlockLoss(f"{int(block):012x}", int(num_bytes), mean, short, tuple(tenths))
+            for block, num_bytes, mean, short, *tenths in sorted(rows.tolist())
+        )
+
+
+def block_ids(tokens: Tensor) -> Tensor:
+    """Identity of each row of tokens (B, N) int64: (B,) int64 on CPU, the first 48 bits of the SHA-256 of its little-endian ids."""
+    rows = tokens.detach().to("cpu", torch.int64).contiguous()
+    digests = [hashlib.sha256(row.numpy().astype("<i8").tobytes()).digest() for row in rows]
+    return torch.tensor([int.from_bytes(digest[: _ID_BITS // 8], "big") for digest in digests])
+
+
+def deciles(context: int) -> list[tuple[int, int]]:
+    """Ten equal ranges ``(start, stop)`` of positions, as equal as whole numbers allow; a context below 10 repeats positions."""
+    edges = [context * part // DECILES for part in range(DECILES + 1)]
+    return [(start, max(stop, start + 1)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def position_buckets(context: int) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.resume import resume_file
+from ttt_lit.train.run_config import RunConfig
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 
@@ -60,24 +61,6 @@ def _fsdp2(devices: Any, num_nodes: int) -> ModelParallelStrategy:
         devices = max(1, torch.cuda.device_count())
     count = len(devices) if isinstance(devices, list) else int(devices)
     return ModelParallelStrategy(data_parallel_size=count * num_nodes, tensor_parallel_size=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run's files go: ROOT/EXPERIMENT/ID/."""
-
-    experiment: str
-    """Name of the experiment; an experiment file sets it."""
-    id: str = "default"
-    """Name of this run; a second start with the same one continues it."""
-    root: str = "runs"
-    """Folder of all runs."""
-    stage: str | None = None
-    """For validate: the stage whose attention and mode are used. null: the last one."""
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.root) / self.experiment / self.id
 
 
 class _CommandLine(LightningCLI):
@@ -156,7 +139,7 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     config.pop("config", None)
     run = RunConfig(**{field.name: getattr(cli.config.run, field.name) for field in dataclasses.fields(RunConfig)})
     cli.trainer.fit_loop.max_epochs = len(cli.model.stages.enabled())
-    cli.model.run_name, cli.model.run_config = (run.experiment, run.id), config
+    cli.model.run, cli.model.run_config = run, config
     return Assembled(run, cli.trainer, cli.model, cli.datamodule, config)
 
 
@@ -185,7 +168,15 @@ def fit(arguments: list[str]) -> int:
     except (ValueError, OSError):
         _discard_unused(folder)
         raise
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """Ranks part together: one that exits while another still waits for it tears the other's threads down with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @rank_zero_only

@@ -10,7 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ttt_lit.model.spec import Mode
+from ttt_lit.convert.windowed import windowed
+from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget, StageBudget, split_budget
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 
@@ -27,6 +28,11 @@ class StageConfig:
     """``dense``: windows as the checkpoint has them. ``window``: no layer sees further than ``window_share`` × size.window."""
     window_share: float = 1.0
     """Window as a share of size.window."""
+    sink_tokens: int = 0
+    """Tokens from the first on that stay visible outside of the window, in the layers that the stage narrows (attention sinks). For mode
+    ``none`` alone; validation then reads with the inner loop off only."""
+    full_attention_layers: list[int] = field(default_factory=list)
+    """Layers, by index, that keep the window that the checkpoint gives them, without sinks."""
     mode: Mode = "none"
     """What the inner loop does in training: none, static, meta or first_order."""
     context: Context = "short"
@@ -47,6 +53,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not 0 < self.window_share <= 1:
             raise ValueError(f"stages: window_share: got {self.window_share}, expected more than 0 and at most 1")
+        if self.sink_tokens < 0:
+            raise ValueError(f"stages: sink_tokens: got {self.sink_tokens}, expected 0 or more tokens")
         if not (self.lr > 0 and self.prime_lr_ratio >= 0):
             raise ValueError(
                 f"stages: got lr {self.lr} and prime_lr_ratio {self.prime_lr_ratio}, expected lr > 0 and a ratio >= 0"
@@ -125,6 +133,13 @@ class StagePlan:
     """Micro-batches per optimiser step."""
     tokens_per_step: int
 
+    def network(self, imported: ModelSpec) -> ModelSpec:
+        """The network's description in this stage. ``imported``: the same with the windows that the checkpoint gives it."""
+        config = self.config
+        return windowed(
+            imported, self.window, sink_tokens=config.sink_tokens, keep=frozenset(config.full_attention_layers)
+        )
+
     @property
     def micro_batches(self) -> int | None:
         """Micro-batches per rank in the whole stage; None where time decides."""
@@ -152,6 +167,10 @@ def _plan_stage(
     index: int, name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int
 ) -> StagePlan:
     context = size.context(config.context)
+    if config.sink_tokens and config.mode != "none":
+        raise ValueError(
+            f"stage {name}: sink_tokens {config.sink_tokens} with mode {config.mode}: chunks carry no sinks, so they are for mode none"
+        )
     if config.mode in ("meta", "first_order"):
         if context % size.chunk:
             raise ValueError(
@@ -178,10 +197,11 @@ def _plan_stage(
 
 def _window(name: str, config: StageConfig, size: SizeConfig) -> int | None:
     if config.attention == "dense":
-        if config.window_share != 1:
-            raise ValueError(
-                f"stage {name}: window_share {config.window_share} has no effect with attention dense; remove one of them"
-            )
+        for setting, default in (("window_share", 1), ("sink_tokens", 0), ("full_attention_layers", [])):
+            if (value := getattr(config, setting)) != default:
+                raise ValueError(
+                    f"stage {name}: {setting} {value} has no effect with attention dense; remove one of them"
+                )
         return None
     return max(1, round(config.window_share * size.window))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ttt_lit.checkpoint.receipt import Receipt
 from ttt_lit.convert.fast_mlp import TTTConfig, new_tensors, prime_state, ttt_layers, with_prime
+from ttt_lit.convert.windowed import with_windows
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.origin import Origin, origin_of_checkpoint, origin_of_config
@@ -80,11 +80,10 @@ def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
     if added and ttt is not None:
         new = prime_state(origin.spec, stored, state, init=ttt.prime_init, seed=config.seed, std=config.std)
         state = ChainMap(new, state)  # type: ignore[arg-type]
-    windows = zip(stored.layers, origin.imported_windows, strict=True)
     return Start(
         origin=origin,
         stored=stored,
-        spec=stored.with_layers(tuple(dataclasses.replace(layer, window=window) for layer, window in windows)),
+        spec=with_windows(stored, origin.imported_windows),
         state=state,
         added=added,
         receipt=_receipt(config, origin, added, ttt),

@@ -50,8 +50,8 @@ def prove_transition(
 ) -> TransitionProof:
     """Read tokens (B, T+1) as the old stage would and as the new one will; leaves the model with the new description.
 
-    The conversion preserves the function where every window reaches equally far on this context, and the prime MLPs are either in the
-    same mode or add exactly zero.
+    The conversion preserves the function where every query sees the same keys on this context (windows and sinks), and the prime MLPs are
+    either in the same mode or add exactly zero.
     """
     (old_spec, old_mode), (new_spec, new_mode) = before, after
     same_reach = preserves_function(old_spec, new_spec, tokens.shape[1] - 1)

@@ -1,68 +1,12 @@
-"""A summary of runs: records in, tables and sentences out. Standard library only."""
+"""The summary for a terminal."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from ttt_lit.experiment.findings import findings, window_of
 from ttt_lit.experiment.record import RunRecord, Stage, Validation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Cells are strings; the first column is left-aligned, the others too unless they hold numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def text(self) -> str:
-        """For a terminal: columns padded to their widest cell."""
-        columns = list(zip(self.header, *self.rows, strict=True))
-        widths = [max(len(cell) for cell in column) for column in columns]
-        right = [any(cell[:1].isdigit() or cell[:1] in "+-−" for cell in column[1:]) for column in columns]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if to_right else cell.ljust(width)
-                for cell, width, to_right in zip(row, widths, right, strict=True)
-            ).rstrip()
-            for row in (self.header, *self.rows)
-        ]
-        return "\n".join([self.title, lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
-
-    def markdown(self) -> str:
-        rows = [self.header, tuple("---" for _ in self.header), *self.rows]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        return "\n".join([f"### {self.title}", "", *lines])
-
-
-def report(runs: list[str], output: str | None = None) -> str:
-    """Print the summary of some runs; with ``output``, write it to that folder's ``report.md`` too.
-
-    Parameters:
-        runs: run folders or record files.
-        output: folder to write to; made where it does not exist.
-
-    Returns the console text.
-
-    Raises:
-        FileNotFoundError, ValueError: a missing or broken record, in one line that names the file.
-    """
-    if not runs:
-        raise ValueError("report: got no run, expected at least one run folder, as in: report runs/EXPERIMENT/ID")
-    records = [RunRecord.read(Path(run)) for run in runs]
-    text = console(records)
-    if output is not None:
-        path = Path(output) / "report.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(markdown(records), encoding="utf-8")
-        os.replace(temporary, path)
-    print(text)
-    return text
+from ttt_lit.experiment.report.table import Table
 
 
 def console(records: Sequence[RunRecord]) -> str:
@@ -71,14 +15,6 @@ def console(records: Sequence[RunRecord]) -> str:
     for record in records:
         blocks.append("\n".join([f"What {record.name} shows", *(f"  - {line}" for line in findings(record))]))
     return "\n\n".join(blocks)
-
-
-def markdown(records: Sequence[RunRecord]) -> str:
-    """The summary as a Markdown document."""
-    blocks = ["# Report", *(table.markdown() for table in tables(records))]
-    for record in records:
-        blocks.append("\n".join([f"### What {record.name} shows", "", *(f"- {line}" for line in findings(record))]))
-    return "\n\n".join(blocks) + "\n"
 
 
 def tables(records: Sequence[RunRecord]) -> list[Table]:

@@ -1,0 +1,38 @@
+"""Measures the start checkpoint, as it came, on the blocks that every stage end is measured on: what a control must not be worse than."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from ttt_lit.model.spec import Mode
+from ttt_lit.train.evaluation import target_bytes, validation_entry
+from ttt_lit.train.module import TTTModule
+from ttt_lit.train.position import block_ids
+
+
+class StartValidation(L.Callback):
+    """Once per run, before the first stage is entered; runs from random weights have nothing to measure. Booked as validation."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        if module.entered >= 0 or module.start.origin.checkpoint is None:
+            return
+        with module.ledger.account("validation"):
+            module.history.start_validation = self._measure(trainer, module)
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, module: TTTModule) -> dict[str, Any]:
+        module.model.decoder.set_spec(module.start.stored)
+        # Prime MLPs that came with the checkpoint belong to it; those that this run adds do not.
+        mode: Mode = "static" if module.has_inner_loop and not module.start.added else "none"
+        evaluation = module.new_evaluation().to(module.device)
+        table = module.datamodule.token_bytes("long")
+        request = module.validation_request()
+        for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
+            tokens = batch["tokens"].to(module.device)
+            with trainer.precision_plugin.val_step_context():
+                nll = module.read(tokens, mode=mode, inner_lr=0.0).token_nll
+            evaluation.update({"off": nll}, target_bytes(tokens, table), block_ids(tokens))
+        return validation_entry("off", evaluation.metrics["off"].compute())  # type: ignore[operator]

@@ -1,0 +1,258 @@
+"""A matrix file becomes runs: every combination once, ids that stay, parents that exist, and mistakes that are named."""
+
+import dataclasses
+import itertools
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttt_lit.experiment.matrix import argument, expand
+from ttt_lit.experiment.matrix_file import parse_matrix, read_matrix
+
+ARMS = ("q_a", "q_b", "q_base")
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """A folder of base.yaml, three arms and an overlay."""
+    folder = tmp_path_factory.mktemp("configs")
+    base = {"run": {"root": "runs", "id": "default"}, "model": {"inner": {"lr": 1.0}, "ttt": None}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    for arm in ARMS:
+        plain = {"run": {"experiment": arm}, "model": {"start": {"init_from": "artifacts/checkpoint"}}}
+        (folder / f"{arm}.yaml").write_text(yaml.safe_dump(plain))
+    (folder / "small.yaml").write_text("model: {inner: {lr: 0.5}, size: {short: 64}}\n")
+    return folder
+
+
+def matrix(*entries, name="m", **others):
+    return parse_matrix({"name": name, "runs": list(entries), **others}, "m.yaml")
+
+
+def ids(configs, *entries, **others):
+    return [run.name for run in expand(matrix(*entries, **others), configs=configs)]
+
+
+def settings_of(run):
+    """Dotted name → text, later ones over earlier ones, --config aside."""
+    pairs = zip(run.arguments[::2], run.arguments[1::2], strict=True)
+    return {name.removeprefix("--"): value for name, value in pairs if name != "--config"}
+
+
+LR = {"1": {}, "half": {"model.inner.lr": 0.5}, "2": {"model.inner.lr": 2.0}}
+TTT = {"none": {}, "last": {"model.ttt.layers": [3]}}
+
+
+def test_an_id_names_what_is_not_default(configs):
+    entry = {"arms": ["q_a"], "axes": {"lr": LR, "ttt": TTT}, "seeds": [0, 1]}
+    assert ids(configs, entry) == [
+        *("q_a/m", "q_a/m-s1", "q_a/m-lr_half", "q_a/m-lr_half-s1", "q_a/m-lr_2", "q_a/m-lr_2-s1"),
+        *("q_a/m-ttt_last", "q_a/m-ttt_last-s1"),
+    ]
+    product = ids(configs, entry | {"vary": "product", "seeds": [0]})
+    assert product == [
+        *("q_a/m", "q_a/m-ttt_last", "q_a/m-lr_half", "q_a/m-lr_half-ttt_last", "q_a/m-lr_2", "q_a/m-lr_2-ttt_last"),
+    ]
+
+
+def test_arguments_are_those_of_fit(configs):
+    overlay = str(configs / "small.yaml")
+    entry = {"arms": ["q_a"], "overlays": [overlay], "set": {"model.ttt": None}, "axes": {"lr": LR}, "seeds": [2]}
+    run = expand(matrix(entry), configs=configs)[-1]
+    assert run.arguments == (
+        *("--config", f"{configs}/q_a.yaml", "--config", overlay, "--model.ttt", "null", "--model.inner.lr", "2.0"),
+        *("--model.start.seed", "2", "--data.seed", "2", "--run.id", "m-lr_2-s2", "--run.variant", "lr=2"),
+    )
+    assert run.variant == "lr=2"
+    assert str(run.folder) == "runs/q_a/m-lr_2-s2"
+    assert expand(matrix(entry), configs=configs, root="elsewhere")[0].folder.parts[0] == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "null"),
+        (True, "true"),
+        (3, "3"),
+        (0.05, "0.05"),
+        ([3, 7], "[3, 7]"),
+        ("all", "all"),
+        (float("inf"), ".inf"),
+    ],
+)
+def test_values_are_written_as_the_command_line_reads_them(value, text):
+    assert argument(value) == text
+
+
+def test_a_wall_clock_matched_run_waits_for_the_baseline_of_its_seed(configs):
+    matched = {"arms": ["q_a"], "seeds": [0, 1], "gpu_hours": {"of": "q_base", "shares": [0.35, 1]}}
+    runs = {run.name: run for run in expand(matrix({"arms": ["q_base"], "seeds": [0, 1]}, matched), configs=configs)}
+    run = runs["q_a/m-t0.35-s1"]
+    assert run.after == (run.gpu_hours.of,) == ("q_base/m-s1",)
+    assert settings_of(run)["run.share"] == "0.35"
+    assert "run.share" not in settings_of(runs["q_base/m"])
+    assert run.with_budget(0.012345)[-4:] == ("--model.budget.tokens", "null", "--model.budget.gpu_hours", "0.012345")
+    assert {name for name in runs if name.startswith("q_a")} == {
+        *("q_a/m-t0.35", "q_a/m-t0.35-s1", "q_a/m-t1", "q_a/m-t1-s1"),
+    }
+
+
+def test_a_baseline_that_is_not_there_is_an_error(configs):
+    matched = {"arms": ["q_a"], "seeds": [1], "gpu_hours": {"of": "q_base", "shares": [0.5]}}
+    with pytest.raises(ValueError, match=r"q_a/m-t0.5-s1: gpu_hours.of needs the run q_base/m-s1"):
+        expand(matrix({"arms": ["q_base"]}, matched), configs=configs)
+
+
+def start_from(run):
+    return {"model.start.init_from": f"runs/{run}/checkpoints/B1"}
+
+
+def test_a_start_from_another_run_is_a_dependency(configs):
+    second = {"arms": ["q_b"], "set": start_from("q_a/m")}
+    runs = expand(matrix(second, {"arms": ["q_a"]}), configs=configs)
+    assert [(run.name, run.after) for run in runs] == [("q_b/m", ("q_a/m",)), ("q_a/m", ())]
+    outside = {"arms": ["q_b"], "set": start_from("q_a/other")}
+    assert expand(matrix(outside, {"arms": ["q_a"]}), configs=configs)[0].after == ()
+
+
+def test_runs_that_wait_for_each_other_are_an_error(configs):
+    first, second = {"arms": ["q_a"], "set": start_from("q_b/m")}, {"arms": ["q_b"], "set": start_from("q_a/m")}
+    with pytest.raises(ValueError, match="q_a/m, q_b/m wait for each other"):
+        expand(matrix(first, second), configs=configs)
+    with pytest.raises(ValueError, match="q_a/m wait for each other"):
+        expand(matrix({"arms": ["q_a"], "set": start_from("q_a/m")}), configs=configs)
+
+
+def test_what_trains_the_same_appears_once(configs):
+    """Whether two entries say it, an axis points at what another axis or an overlay says, or a file does."""
+    small = str(configs / "small.yaml")
+    assert ids(configs, {"arms": ["q_a", "q_b"]}, {"arms": ["q_a"], "seeds": [0, 1]}) == ["q_a/m", "q_b/m", "q_a/m-s1"]
+    same = {"one": {}, "same": {"model.inner.lr": 1.0}}
+    assert ids(configs, {"arms": ["q_a"], "axes": {"lr": same}}) == ["q_a/m"]
+    assert ids(configs, {"arms": ["q_a"], "overlays": [small]}, {"arms": ["q_a"], "overlays": [small, small]}) == [
+        "q_a/m"
+    ]
+
+
+def test_one_id_with_two_meanings_is_an_error(configs):
+    entries = {"arms": ["q_a"]}, {"arms": ["q_a"], "set": {"model.inner.lr": 0.5}}
+    with pytest.raises(ValueError, match="two different settings have the id q_a/m"):
+        ids(configs, *entries)
+
+
+def test_an_arm_is_called_as_its_file_says(configs):
+    (configs / "q_odd.yaml").write_text("run: {experiment: q_a}\n")
+    with pytest.raises(ValueError, match=r"q_odd.yaml: run.experiment is q_a, expected the arm's name q_odd"):
+        ids(configs, {"arms": ["q_odd"]})
+    with pytest.raises(FileNotFoundError, match=r"q_none.yaml: no such file"):
+        ids(configs, {"arms": ["q_none"]})
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"arms": ["q_a"], "sedes": [1]}, r"m.yaml: runs\[0\]: got unknown key sedes"),
+        ({}, r"runs\[0\]: arms is missing"),
+        ({"arms": []}, r"runs\[0\].arms: got \[\]"),
+        ({"arms": ["q_a", "q_a"]}, "no item twice"),
+        ({"arms": ["q/a"]}, r"runs\[0\].arms: got 'q/a'"),
+        ({"arms": ["q_a"], "vary": "all"}, "expected one or product"),
+        ({"arms": ["q_a"], "seeds": [-1]}, "whole numbers"),
+        ({"arms": ["q_a"], "seeds": [True]}, "whole numbers"),
+        ({"arms": ["q_a"], "set": {"lr": 1}}, "dotted names"),
+        ({"arms": ["q_a"], "set": {"data.seed": 1}}, "data.seed comes from seeds"),
+        ({"arms": ["q_a"], "set": {"run.id": "x"}}, "run.id is the launcher's"),
+        ({"arms": ["q_a"], "axes": {"lr": {"1": {}}}}, "at least two labels"),
+        ({"arms": ["q_a"], "axes": {"lr": {False: {}, "on": {}}}}, "quote it"),
+        ({"arms": ["q_a"], "axes": {"lr": {"a b": {}, "c": {}}}}, "part of a folder's name"),
+        ({"arms": ["q_a"], "axes": {"a": LR, "b": LR}}, "a sets model.inner.lr and b sets model.inner.lr"),
+        ({"arms": ["q_a"], "axes": {"a": LR, "b": {"x": {}, "y": {"model.inner": None}}}}, "overwrite each other"),
+        ({"arms": ["q_a"], "gpu_hours": {"of": "q_b"}}, "shares is missing"),
+        ({"arms": ["q_a"], "gpu_hours": {"of": "q_b", "shares": [0]}}, "positive numbers"),
+        (
+            {"arms": ["q_a"], "gpu_hours": {"of": "q_b", "shares": [1]}, "set": {"model.budget.tokens": 1}},
+            "gpu_hours decides the budget; remove model.budget.tokens",
+        ),
+    ],
+)
+def test_a_mistake_names_file_and_key(entry, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        matrix(entry)
+    assert str(caught.value).startswith("m.yaml: ")
+
+
+@pytest.mark.parametrize(
+    "slurm, message",
+    [
+        ({"gpus": 8}, "m.yaml: slurm: got unknown key gpus"),
+        ({"nodes": 0}, "slurm.nodes"),
+        ({"partition": 3}, "partition"),
+    ],
+)
+def test_the_cluster_section_is_checked(slurm, message):
+    with pytest.raises(ValueError, match=message):
+        matrix({"arms": ["q_a"]}, slurm=slurm)
+
+
+def test_a_key_that_appears_twice_is_an_error(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text("name: m\nruns:\n  - arms: [q_a]\n    arms: [q_b]\n")
+    with pytest.raises(ValueError, match=r"m.yaml: not YAML: line 3: arms appears twice"):
+        read_matrix(path)
+    with pytest.raises(FileNotFoundError, match="no such matrix file"):
+        read_matrix(tmp_path / "none.yaml")
+
+
+VALUES = st.integers(1, 9)
+AXES = st.lists(st.lists(VALUES, min_size=1, max_size=3, unique=True), max_size=3)
+
+
+def entry_of(axes, seeds, vary, arms=("q_a",)):
+    """Axis i sets a setting of its own, to each of its values; the first label, "0", sets nothing."""
+    made = {
+        f"axis{i}": {"0": {}} | {str(value): {f"model.axis{i}": value} for value in values}
+        for i, values in enumerate(axes)
+    }
+    return {"arms": list(arms), "axes": made, "seeds": seeds, "vary": vary}
+
+
+def meaning(run):
+    return {key: value for key, value in settings_of(run).items() if key not in ("run.id", "run.variant")}
+
+
+@given(AXES, st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True), st.sampled_from(["one", "product"]))
+def test_every_combination_appears_exactly_once(configs, axes, seeds, vary):
+    runs = expand(matrix(entry_of(axes, seeds, vary, ARMS)), configs=configs)
+    labels = [len(values) + 1 for values in axes]
+    points = len(list(itertools.product(*map(range, labels)))) if vary == "product" else 1 + sum(n - 1 for n in labels)
+    assert len(runs) == len({run.name for run in runs}) == len(ARMS) * len(seeds) * points
+    assert len({(run.experiment, *sorted(meaning(run).items())) for run in runs}) == len(runs)
+
+
+@settings(max_examples=40)
+@given(
+    AXES, AXES, st.lists(st.integers(0, 3), min_size=2, max_size=3, unique=True), st.sampled_from(["one", "product"])
+)
+def test_an_axis_a_label_or_a_seed_more_changes_no_other_id(configs, axes, more, seeds, vary):
+    """And the runs that were there keep their order."""
+    longer = [[*values, 10 + i] for i, values in enumerate(axes)] + more
+    before = expand(matrix(entry_of(axes, seeds[:-1], vary)), configs=configs)
+    after = expand(matrix(entry_of(longer, seeds, vary)), configs=configs)
+    kept = [run for run in after if run.name in {run.name for run in before}]
+    assert [dataclasses.asdict(run) for run in kept] == [dataclasses.asdict(run) for run in before]
+
+
+@given(st.permutations(range(5)), st.data())
+def test_any_graph_without_a_cycle_is_accepted_in_any_order(configs, order, data):
+    """Each run of a chain of seeds may start from one of the earlier ones."""
+    parents = {n: data.draw(st.none() | st.integers(0, n - 1)) if n else None for n in range(5)}
+    entries = []
+    for n in order:
+        name = "q_a/m" + (f"-s{parents[n]}" if parents[n] else "")
+        chosen = {} if parents[n] is None else start_from(name)
+        entries.append({"arms": ["q_a"], "seeds": [n], "set": chosen})
+    runs = expand(matrix(*entries), configs=configs)
+    assert [run.run_id for run in runs] == [f"m-s{n}" if n else "m" for n in order]
+    assert sum(len(run.after) for run in runs) == sum(parent is not None for parent in parents.values())

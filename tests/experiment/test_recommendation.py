@@ -1,0 +1,119 @@
+"""One verdict per family, with the reason and what would change it."""
+
+import pytest
+from records import FALLING, run, stage, validation
+
+from ttt_lit.experiment.recommendation import recommend_scaling
+from ttt_lit.experiment.record import Model, Parent
+from ttt_lit.experiment.study import read_study
+
+IDS = [f"{index:03}" for index in range(32)]
+PASSES = {0.35: 0.05, 0.5: 0.0, 0.7: 0.0, 1.0: 0.0}
+FAILS = {0.35: 0.05, 0.5: 0.05, 0.7: 0.05, 1.0: 0.0}
+
+
+def losses(mean):
+    return dict.fromkeys(IDS, mean)
+
+
+def baseline(seeds=(0, 1)):
+    return [run("q_ttt_scratch", "ttt_scratch", losses(3.0), seed=seed) for seed in seeds]
+
+
+def candidate(deltas, *, experiment="q_p1_bridge", seeds=(0, 1), deciles=FALLING, train_losses=None, **fields):
+    made = []
+    for seed in seeds:
+        for share, delta in deltas.items():
+            final = validation(losses(3.0 + delta), deciles=deciles)
+            hours = 100 * (1.0 if share is None else share)
+            whole = {"share": share, "hours": hours, "stages": [stage(losses=train_losses, validations=[final])]}
+            made.append(run(experiment, "bridge", {}, final=final, seed=seed, **(whole | fields)))
+    return made
+
+
+def recommended(*records):
+    (family,) = read_study(records).families.values()
+    return recommend_scaling(family, resamples=100)
+
+
+def test_a_saving_with_sound_secondary_gates_says_scale_up():
+    found = recommended(*baseline(), *candidate(PASSES))
+    assert (found.family, found.verdict) == ("qwen2", "scale up")
+    assert "saves 50.0%" in found.why
+    assert "next size" in found.would_change
+
+
+@pytest.mark.parametrize("hours, words", [(None, "evidence is insufficient"), (40.0, "the gate fails")])
+def test_scaling_up_says_what_the_parents_do_to_it(hours, words):
+    parents = [Parent(name="pretraining", gpu_seconds=None if hours is None else hours * 3600)]
+    found = recommended(*baseline(), *candidate(PASSES, parents=parents))
+    assert found.verdict == "scale up"
+    assert f"With its parent runs {'the evidence' if hours is None else 'the gate'}" in found.why
+    assert words in found.why
+    assert "GPU-hours of the parent runs" in found.would_change
+
+
+def test_a_candidate_that_fails_is_a_no():
+    found = recommended(*baseline(), *candidate(FAILS))
+    assert found.verdict == "no"
+    assert "whole interval above 0.01" in found.why
+    assert "within 0.71 of the baseline's GPU-hours" in found.would_change
+
+
+def test_one_good_candidate_is_enough_and_one_bad_does_not_decide_for_another():
+    bad, good = candidate(FAILS), candidate(PASSES, experiment="q_p2_direct")
+    assert recommended(*baseline(), *bad, *good).verdict == "scale up"
+    unmeasured = candidate({0.5: 0.0}, experiment="q_p2_direct")
+    found = recommended(*baseline(), *bad, *unmeasured)
+    assert found.verdict == "not yet"
+    assert "q_p2_direct" in found.why
+
+
+def test_an_ablation_without_wall_clock_runs_does_not_keep_a_no_open():
+    ablation = candidate({None: 0.0}, variant="b2_budget=5")
+    assert recommended(*baseline(), *candidate(FAILS), *ablation).verdict == "no"
+
+
+@pytest.mark.parametrize(
+    "records, missing",
+    [
+        ([], "no baseline"),
+        ([*baseline(), *candidate({None: 0.0})], "no wall-clock-matched runs"),
+        ([*baseline((0,)), *candidate(PASSES, seeds=(0,))], "a single seed"),
+        ([*baseline(), *candidate({0.35: 0.05, 0.5: 0.0, 1.0: 0.0})], "no run at 0.7"),
+    ],
+)
+def test_missing_evidence_says_not_yet_and_names_it(records, missing):
+    found = recommended(*(records or candidate(PASSES)))
+    assert found.verdict == "not yet"
+    assert missing in found.would_change
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"train_losses": [3.0] * 60 + [4.0] * 30 + [3.0] * 60}, "stable convergence is failed"),
+        ({"deciles": (*FALLING[:9], 4.0)}, "long-token loss is failed"),
+        ({"train_losses": [3.0] * 20}, "stable convergence is insufficient in evidence"),
+    ],
+)
+def test_a_saving_that_is_not_sound_says_not_yet(fields, words):
+    found = recommended(*baseline(), *candidate(PASSES, **fields))
+    assert found.verdict == "not yet"
+    assert words in found.why
+    assert "q_p1_bridge at 0.5" in found.would_change
+
+
+def test_a_family_without_conversions_says_not_yet():
+    found = recommended(*baseline())
+    assert found.verdict == "not yet"
+    assert "no conversion" in found.why
+
+
+def test_each_family_has_its_own_verdict():
+    gemma = Model(family="gemma3", num_parameters=1, num_layers=1, ttt_layers=[0])
+    families = read_study(
+        [*baseline(), *candidate(PASSES), *candidate(PASSES, experiment="g_p1", model=gemma)]
+    ).families
+    verdicts = {name: recommend_scaling(family, resamples=50).verdict for name, family in families.items()}
+    assert verdicts == {"gemma3": "not yet", "qwen2": "scale up"}

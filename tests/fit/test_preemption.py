@@ -1,0 +1,114 @@
+"""A run that is told to go: it saves at the next optimiser step, says interrupted, and ends as if nobody had told it anything."""
+
+import json
+import os
+import signal
+
+import lightning as L
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from ttt_lit.experiment.record import RunRecord
+from ttt_lit.train.resume import resume_file
+from ttt_lit.train.run import assemble, fit
+
+
+class Tell(L.Callback):
+    """Sends a signal to this process after a number of micro-batches."""
+
+    def __init__(self, number, after):
+        self.number, self.after, self.seen = number, after, 0
+
+    def on_train_batch_start(self, *_):
+        self.seen += 1
+        if self.seen == self.after:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """Whatever a run makes of the handlers, the tests after it have their own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def told(world, runs, number, after):
+    parts = assemble(tiny.arguments(world, runs), command="fit")
+    parts.trainer.callbacks.append(Tell(number, after))
+    with pytest.raises(SystemExit):
+        parts.trainer.fit(parts.module, datamodule=parts.data)
+    return runs / "tiny" / "default"
+
+
+# Two micro-batches a step; B1 has 4 steps. The first micro-batch of step 6, in B2, and the last one of B1.
+@pytest.mark.parametrize("after, saved", [(11, 6), (8, 4)])
+def test_it_saves_at_the_next_step_and_then_ends_bit_for_bit_like_one_that_was_not(
+    bridge, world, tmp_path, after, saved
+):
+    whole, _, _ = bridge
+    folder = told(world, tmp_path, signal.SIGTERM, after)
+    assert RunRecord.read(folder).status == "interrupted"
+    assert json.loads((folder / "checkpoints" / "last.json").read_text())["path"] == f"resume-{saved}.ckpt"
+    assert fit(tiny.arguments(world, tmp_path)) == 0
+    final = load_file(folder / "checkpoints" / "C" / "model.safetensors")
+    for name, parameter in whole.module.model.decoder.named_parameters():
+        assert torch.equal(final[name], parameter.detach()), name
+
+
+def test_a_warning_that_comes_too_late_to_matter_lets_the_run_finish(world, tmp_path):
+    parts = assemble(tiny.arguments(world, tmp_path, steps=10), command="fit")
+    parts.trainer.callbacks.append(Tell(signal.SIGTERM, 20))
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+    assert RunRecord.read(tmp_path / "tiny" / "default").status == "finished"
+
+
+def test_the_handler_of_the_clusters_warning_runs_once_everything_is_saved(world, tmp_path):
+    """Under submitit that handler puts the job back into the queue and ends the process."""
+    seen = []
+
+    def requeue(number, _):
+        folder = tmp_path / "tiny" / "default"
+        seen.append((number, RunRecord.read(folder).status, (folder / "run.lock").exists()))
+
+    signal.signal(signal.SIGUSR2, requeue)
+    told(world, tmp_path, signal.SIGUSR2, 3)
+    assert seen == [(signal.SIGUSR2, "interrupted", False)]
+    assert signal.getsignal(signal.SIGUSR2) is requeue
+
+
+def test_a_finished_run_gives_the_handlers_back(world, tmp_path):
+    def mine(*_):
+        raise AssertionError
+
+    signal.signal(signal.SIGTERM, mine)
+    signal.signal(signal.SIGUSR2, mine)
+    assert fit(tiny.arguments(world, tmp_path, steps=10)) == 0
+    assert signal.getsignal(signal.SIGTERM) is mine
+    assert signal.getsignal(signal.SIGUSR2) is mine
+
+
+class Saved(L.Callback):
+    """The name of the resume file after every optimiser step."""
+
+    def __init__(self):
+        self.names = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if module.at_boundary:
+            path = resume_file(trainer.default_root_dir)
+            self.names.append(None if path is None else path.name)
+
+
+def test_in_a_job_of_a_cluster_sigterm_saves_and_training_goes_on(world, tmp_path, monkeypatch):
+    """The cluster's warning follows, or the end; submitit ignores SIGTERM for the same reason."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    saved = Saved()
+    parts = assemble(tiny.arguments(world, tmp_path, steps=10), command="fit")
+    parts.trainer.callbacks.extend([Tell(signal.SIGTERM, 13), saved])
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+    assert saved.names[5:9] == ["resume-5.ckpt", "resume-7.ckpt", "resume-7.ckpt", "resume-7.ckpt"]
+    assert RunRecord.read(tmp_path / "tiny" / "default").status == "finished"

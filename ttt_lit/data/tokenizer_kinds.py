@@ -1,0 +1,141 @@
+"""The kinds of tokenizer that can be trained: byte-level BPE, as Qwen's, and BPE with byte fallback, as Gemma's."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from ttt_lit.data.tokenizer import BYTE_PIECES, SPACE_PIECE
+
+TokenizerKind = Literal["byte_level", "byte_fallback"]
+UNNAMED_KIND: TokenizerKind = "byte_level"
+"""The kind behind a receipt or manifest that names none: it was written when there was no other."""
+
+EOS_TOKEN = "<|endoftext|>"
+"""The byte-level tokenizer's only special token, id 0."""
+
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+"""The byte-fallback tokenizer's special tokens, ids 0 to 4 in this order, as in Gemma."""
+
+CHARACTER_COVERAGE = 0.9995
+"""Share of the text whose characters get pieces of their own, SentencePiece's default; the rest is spelt in bytes."""
+
+WORDS = (
+    rf"{SPACE_PIECE}*(?:[\p{{L}}\p{{M}}]+|\p{{N}}|[^{SPACE_PIECE}\s\p{{L}}\p{{M}}\p{{N}}]+)|{SPACE_PIECE}+|\n+|[^\S\n]+"
+)
+"""What a byte-fallback piece may span: letters, one digit or punctuation, with all spaces in front of them; spaces alone;
+newlines; other blanks. No two neighbours could stand in one piece, so an encoder that does not split, as Gemma's, makes
+the same pieces, while training sees words and not whole documents."""
+
+ReadTexts = Callable[[], Iterator[str]]
+"""Begins a new reading of the same texts."""
+
+Trained = tuple[Any, dict[str, str]]
+"""A ``tokenizers.Tokenizer`` and the content of tokenizer_config.json."""
+
+
+def train_byte_level(read_texts: ReadTexts, vocab_size: int) -> Trained:
+    """Byte-level BPE of at most ``vocab_size`` tokens: ``<|endoftext|>``, 256 bytes, then merges.
+
+    Raises ValueError for a ``vocab_size`` without room for the first two.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    _check_room(vocab_size, len(alphabet) + 1, f"256 bytes and {EOS_TOKEN}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(read_texts(), trainer)
+    return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN}
+
+
+def train_byte_fallback(read_texts: ReadTexts, vocab_size: int) -> Trained:
+    """BPE of at most ``vocab_size`` tokens: special tokens, 256 byte pieces, the common characters, then merges.
+
+    A space is ``▁``, so a ``▁`` in a text is read as a space; every other text is given back exactly. Reads the texts
+    twice, first for the characters. Raises ValueError for a ``vocab_size`` without room for the first three.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    alphabet = common_characters(read_texts())
+    given = [*SPECIAL_TOKENS.values(), *BYTE_PIECES]
+    _check_room(
+        vocab_size,
+        len(given) + len(alphabet),
+        f"{len(SPECIAL_TOKENS)} special tokens, 256 bytes and {len(alphabet)} characters",
+    )
+    spaces = normalizers.Replace(" ", SPACE_PIECE)
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = spaces
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=given,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    learner.train_from_iterator(read_texts(), trainer)
+    learned = json.loads(learner.to_str())["model"]
+
+    # A second tokenizer, since the first recognises the spelling of a byte piece in a text.
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=learned["vocab"],
+            merges=[tuple(merge) for merge in learned["merges"]],
+            unk_token=SPECIAL_TOKENS["unk_token"],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = spaces
+    # Gemma's own: it finds nothing, the normalizer has left no space.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    return tokenizer, {"tokenizer_class": "GemmaTokenizer", **SPECIAL_TOKENS}
+
+
+TRAINERS: dict[TokenizerKind, Callable[[ReadTexts, int], Trained]] = {
+    "byte_level": train_byte_level,
+    "byte_fallback": train_byte_fallback,
+}
+
+
+def common_characters(texts: Iterator[str]) -> list[str]:
+    """The most frequent characters that make up ``CHARACTER_COVERAGE`` of the texts, and ``▁``, sorted.
+
+    Counted here because the library breaks ties between equally frequent characters at random.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    counts[SPACE_PIECE] += counts.pop(" ", 0)
+    wanted = CHARACTER_COVERAGE * counts.total()
+    chosen = {SPACE_PIECE}
+    covered = 0
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if covered >= wanted:
+            break
+        chosen.add(character)
+        covered += count
+    return sorted(chosen)
+
+
+def _check_room(vocab_size: int, needed: int, what: str) -> None:
+    if vocab_size < needed:
+        raise ValueError(f"train_tokenizer: got {vocab_size}, expected at least {needed} ({what})")

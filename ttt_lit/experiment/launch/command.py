@@ -1,0 +1,118 @@
+"""The command ``matrix``: which launcher, how many at a time, what is shown, and what a Ctrl-C means."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+
+from ttt_lit.experiment.launch.local import LocalBackend, environments_for, usable_cores, visible_gpus
+from ttt_lit.experiment.launch.loop import Backend, Board, launch
+from ttt_lit.experiment.launch.slurm import SlurmBackend
+from ttt_lit.experiment.launch.table import Lines, LiveTable, counts
+from ttt_lit.experiment.matrix import PlannedRun, expand
+from ttt_lit.experiment.matrix_file import Matrix, read_matrix
+
+# The launcher's own table takes the place of a bar in every log file.
+_QUIET = ("--trainer.enable_progress_bar", "false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What ``matrix`` is asked."""
+
+    config: str
+    launcher: str = "local"
+    jobs: int | None = None
+    """Runs at a time; None: 1 on this machine, all that may start on a cluster."""
+    root: str | None = None
+
+
+def planned_runs(options: LaunchOptions) -> tuple[Matrix, list[PlannedRun]]:
+    """The runs of the matrix file, with the arguments that every launched run gets."""
+    matrix = read_matrix(options.config)
+    runs = expand(matrix, root=options.root)
+    return matrix, [replace(run, arguments=(*run.arguments, *_QUIET)) for run in runs]
+
+
+def launch_matrix(options: LaunchOptions, *, program: Sequence[str], entry: str) -> int:
+    """Execute a matrix. Exit status: 0 if every run is finished, 1 if not, 130 after Ctrl-C.
+
+    Args:
+        program: how to call the command line on this machine.
+        entry: ``module:function`` of ``fit``, for jobs of a cluster.
+    """
+    matrix, runs = planned_runs(options)
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs: got {options.jobs}, expected at least 1")
+    if options.launcher == "slurm":
+        cluster = SlurmBackend(matrix.slurm, entry)
+        return run_to_end(matrix.name, runs, cluster, slots=options.jobs, console=Console(), poll_seconds=10.0)
+    slots = 1 if options.jobs is None else options.jobs
+    environments = environments_for(slots, os.environ, visible_gpus(os.environ), usable_cores())
+    return run_to_end(matrix.name, runs, LocalBackend(program, environments), slots=slots, console=Console())
+
+
+def run_to_end(
+    title: str,
+    runs: Sequence[PlannedRun],
+    backend: Backend,
+    *,
+    slots: int | None,
+    console: Console,
+    poll_seconds: float = 1.0,
+) -> int:
+    """Launch, show, and say at the end what is left to do. Returns the exit status."""
+    view = LiveTable(title, console) if console.is_terminal else Lines(_print)
+    try:
+        with _terminated_is_interrupted(), view:
+            board = launch(runs, backend, view, slots=slots, poll_seconds=poll_seconds)
+    except KeyboardInterrupt:
+        if backend.stops_with_launcher:
+            print("stopping the runs (Ctrl-C again kills them) …", file=sys.stderr, flush=True)
+            backend.stop()
+            print("stopped; the same command continues every run from its last resume file", file=sys.stderr)
+        else:
+            print("the jobs go on without the launcher; the same command finds them again", file=sys.stderr)
+        return 130
+    except BaseException:
+        backend.stop()
+        raise
+    return _summary(board)
+
+
+def _summary(board: Board) -> int:
+    _print(f"{len(board.runs)} runs: {counts(board)}")
+    if board.is_finished:
+        return 0
+    for run in board.runs:
+        if board.states[run.name] != "finished":
+            _print(f"  {run.name}  {board.states[run.name]}: {board.reasons.get(run.name, 'no reason known')}")
+    _print(
+        "The same command starts failed and interrupted runs again (log.txt in a run's folder has the output); a diverged one needs "
+        "another configuration."
+    )
+    return 1
+
+
+@contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM means Ctrl-C: otherwise the launcher would be gone and its runs would go on."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,154 @@
+"""Runs as jobs of a SLURM cluster, through submitit: one job per run, found again by a later launcher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ttt_lit.experiment.launch.folder import write_json
+from ttt_lit.experiment.launch.lock import holder
+from ttt_lit.experiment.launch.schedule import State
+from ttt_lit.experiment.launch.slurm_job import FitJob
+from ttt_lit.experiment.matrix import PlannedRun
+from ttt_lit.experiment.matrix_file import SlurmSettings
+
+JOB_NAME = "slurm.json"
+LOG_FOLDER = "slurm"
+
+# A long run may be cut off at the time limit as often as it needs; each time it continues.
+_TIMEOUTS = 1000
+_WARNING_SECONDS = 300
+_RUNNING = ("RUNNING", "COMPLETING")
+# Lightning would save inside the signal handler and requeue a second time.
+_NO_AUTO_REQUEUE = [
+    {
+        "class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment",
+        "init_args": {"auto_requeue": False},
+    }
+]
+
+
+class Cluster(Protocol):
+    """The part of submitit that is used."""
+
+    def submit(self, folder: Path, parameters: dict[str, Any], job: FitJob) -> Any:
+        """Put a job into the queue; returns it with ``job_id``, ``done()`` and ``state``."""
+        ...
+
+    def find(self, folder: Path, job_id: str, tasks: int) -> Any:
+        """A job that was submitted earlier."""
+        ...
+
+
+class SubmititCluster:
+    """SLURM through submitit. Refuses at once, by name, where the package is not installed."""
+
+    def __init__(self) -> None:
+        self.submitit = _submitit()
+
+    def submit(self, folder: Path, parameters: dict[str, Any], job: FitJob) -> Any:
+        executor = self.submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=_TIMEOUTS)
+        executor.update_parameters(**parameters)
+        return executor.submit(job)
+
+    def find(self, folder: Path, job_id: str, tasks: int) -> Any:
+        return self.submitit.SlurmJob(folder=folder, job_id=job_id, tasks=list(range(tasks)))
+
+
+class SlurmBackend:
+    """One job per run. The launcher stays alive to start children and to show progress, but jobs do not need it.
+
+    Args:
+        settings: what every job asks for.
+        entry: ``module:function`` of ``fit``.
+        cluster: makes the jobs; None: SLURM.
+    """
+
+    stops_with_launcher = False
+
+    def __init__(self, settings: SlurmSettings, entry: str, cluster: Callable[[], Cluster] = SubmititCluster) -> None:
+        self.settings, self.entry, self.cluster = settings, entry, cluster()
+        self._jobs: dict[str, Any] = {}
+
+    def adopt(self, run: PlannedRun) -> bool:
+        if run.name in self._jobs:
+            return False
+        path = run.folder / JOB_NAME
+        if path.is_file():
+            job_id = json.loads(path.read_text(encoding="utf-8"))["job_id"]
+            job = self.cluster.find(run.folder / LOG_FOLDER, job_id, tasks_of(self.settings))
+            if not job.done():
+                self._jobs[run.name] = job
+                return True
+        return holder(run.folder) is not None
+
+    def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
+        job = FitJob(self.entry, (*arguments, *cluster_arguments(self.settings)))
+        folder = run.folder / LOG_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        submitted = self.cluster.submit(folder, job_parameters(self.settings, run.name), job)
+        write_json(run.folder / JOB_NAME, {"job_id": submitted.job_id})
+        self._jobs[run.name] = submitted
+
+    def state(self, run: PlannedRun) -> State | None:
+        job = self._jobs.get(run.name)
+        if job is None:  # by hand, on another node
+            return "running" if holder(run.folder) is not None else None
+        if job.done():
+            return None
+        # The cluster is asked rarely; the lock tells at once.
+        running = job.state.split(" ")[0] in _RUNNING or holder(run.folder) is not None
+        return "running" if running else "queued"
+
+    def exit_status(self, run: PlannedRun) -> int | None:
+        """None: a job that was requeued has several, and the record tells what became of the run."""
+        return None
+
+    def stop(self) -> None:
+        """Jobs belong to the cluster: they go on, and a later launcher finds them."""
+
+
+def tasks_of(settings: SlurmSettings) -> int:
+    """One task per GPU."""
+    return settings.nodes * settings.gpus_per_node
+
+
+def cluster_arguments(settings: SlurmSettings) -> tuple[str, ...]:
+    """Arguments of ``fit`` that follow from the job's size."""
+    devices = [
+        *("--trainer.devices", str(settings.gpus_per_node)),
+        *("--trainer.num_nodes", str(settings.nodes)),
+        *("--trainer.plugins", json.dumps(_NO_AUTO_REQUEUE)),
+    ]
+    if tasks_of(settings) > 1:
+        devices += ["--trainer.strategy", "fsdp2"]
+    return tuple(devices)
+
+
+def job_parameters(settings: SlurmSettings, name: str) -> dict[str, Any]:
+    """As submitit's AutoExecutor takes them."""
+    return {
+        "name": name.replace("/", "-"),
+        "nodes": settings.nodes,
+        "gpus_per_node": settings.gpus_per_node,
+        "tasks_per_node": settings.gpus_per_node,
+        "cpus_per_task": settings.cpus_per_task,
+        "timeout_min": settings.timeout_min,
+        "slurm_mem": f"{settings.mem_gb}G" if settings.mem_gb else "0",
+        "slurm_signal_delay_s": _WARNING_SECONDS,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+    }
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise RuntimeError(
+            '--launcher slurm needs the package submitit; install it with: pip install "ttt-lit[slurm]"'
+        ) from error
+    return submitit

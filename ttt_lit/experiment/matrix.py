@@ -1,0 +1,246 @@
+"""From a matrix file to runs: every combination once, with a stable id, the arguments of ``fit`` and what must be finished before.
+
+YAML and the standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttt_lit.experiment.matrix_file import SEEDS, Entry, Matrix, Settings
+
+_SEPARATOR = "/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WallClock:
+    """A budget that is known once another run is finished."""
+
+    of: str
+    """EXPERIMENT/ID of that run."""
+    share: float
+    """Share of its compute GPU-hours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a matrix."""
+
+    experiment: str
+    run_id: str
+    root: str
+    """Folder of all runs."""
+    arguments: tuple[str, ...]
+    """Of ``fit``; a wall-clock-matched run's budget is still to be added (``with_budget``)."""
+    after: tuple[str, ...] = ()
+    """EXPERIMENT/ID of the runs that must be finished before this one starts."""
+    tokens: int | None = None
+    """Budget; None where it is time."""
+    gpu_hours: WallClock | None = None
+    variant: str = ""
+    """Axes that are not at their default, for people: ``b2_budget=5,carry=all``."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment}{_SEPARATOR}{self.run_id}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.experiment / self.run_id
+
+    def with_budget(self, gpu_hours: float | None) -> tuple[str, ...]:
+        """The complete arguments, with the GPU-hours that ``self.gpu_hours`` came to."""
+        if gpu_hours is None:
+            return self.arguments
+        return (*self.arguments, "--model.budget.tokens", "null", "--model.budget.gpu_hours", argument(gpu_hours))
+
+
+def expand(matrix: Matrix, *, configs: str | Path = "configs", root: str | None = None) -> list[PlannedRun]:
+    """All runs of a matrix in the file's order, each once.
+
+    Args:
+        configs: folder of ``base.yaml`` and of each arm's ``ARM.yaml``.
+        root: folder of all runs; None: as the configuration says.
+
+    Raises:
+        FileNotFoundError: an arm's or an overlay's file does not exist.
+        ValueError: one id with two meanings, a missing baseline, a cycle, or an arm whose ``run.experiment`` is not its name.
+    """
+    runs: dict[str, PlannedRun] = {}
+    meanings: dict[str, str] = {}  # id → what it trains
+    read = functools.cache(_flat_file)
+    for entry in matrix.runs:
+        for run, meaning in _runs_of(entry, matrix.name, str(configs), root, read):
+            if meanings.get(run.name, meaning) != meaning:
+                raise ValueError(
+                    f"matrix {matrix.name}: two different settings have the id {run.name}; make them labels of an axis"
+                )
+            if meaning not in meanings.values():
+                runs[run.name] = run
+            meanings[run.name] = meaning
+    linked = [_linked(run, runs) for run in runs.values()]
+    _refuse_cycles(matrix.name, linked)
+    return linked
+
+
+def _runs_of(entry: Entry, name: str, configs: str, root: str | None, read: _Read) -> Iterator[tuple[PlannedRun, str]]:
+    """The runs of one entry, each with a text that is equal for what trains the same."""
+    shares = [None] if entry.gpu_hours is None else list(entry.gpu_hours.shares)
+    for arm, point, share, seed in itertools.product(entry.arms, _points(entry), shares, entry.seeds):
+        moved = {axis: label for axis, label in point.items() if label != next(iter(entry.axes[axis]))}
+        settings = _settings(entry, point, seed) | ({} if root is None else {"run.root": root})
+        files = (f"{configs}/{arm}.yaml", *entry.overlays)
+        resolved = _resolve((f"{configs}/base.yaml", *files), settings, read)
+        if resolved.get("run.experiment") != arm:
+            raise ValueError(
+                f"{files[0]}: run.experiment is {resolved.get('run.experiment')}, expected the arm's name {arm}"
+            )
+        parts = [name, *(f"{axis}_{label}" for axis, label in moved.items())]
+        parts += [] if share is None else [f"t{share:g}"]
+        parts += [f"s{seed}"] if seed else []
+        variant = ",".join(f"{axis}={label}" for axis, label in moved.items())
+        match = None
+        if entry.gpu_hours is not None and share is not None:
+            match = WallClock(of=_SEPARATOR.join((entry.gpu_hours.of, _baseline(name, seed))), share=share)
+        run = PlannedRun(
+            experiment=arm,
+            run_id="-".join(parts),
+            root=str(resolved.get("run.root", "runs")),
+            arguments=_arguments(files, settings, "-".join(parts), variant, share),
+            after=_named_start(resolved),
+            tokens=resolved.get("model.budget.tokens") if match is None else None,
+            gpu_hours=match,
+            variant=variant,
+        )
+        described = {key: value for key, value in resolved.items() if key != "run.id"}
+        yield run, json.dumps([described, None if match is None else [match.of, match.share]], sort_keys=True)
+
+
+def _settings(entry: Entry, point: Mapping[str, str], seed: int) -> Settings:
+    """The entry's settings, those of its axes' labels over them, and the seeds."""
+    settings = dict(entry.set)
+    for axis, label in point.items():
+        settings |= entry.axes[axis][label]
+    return settings | dict.fromkeys(SEEDS, seed)
+
+
+def _points(entry: Entry) -> list[dict[str, str]]:
+    """Axis → label: all defaults first, then one axis at a time, or every combination."""
+    if entry.vary == "product":
+        return [dict(zip(entry.axes, labels, strict=True)) for labels in itertools.product(*entry.axes.values())]
+    defaults = {axis: next(iter(labels)) for axis, labels in entry.axes.items()}
+    moved = [defaults | {axis: label} for axis, labels in entry.axes.items() for label in list(labels)[1:]]
+    return [defaults, *moved]
+
+
+def _baseline(name: str, seed: int) -> str:
+    return f"{name}-s{seed}" if seed else name
+
+
+def _arguments(
+    files: Sequence[str], settings: Mapping[str, Any], run_id: str, variant: str, share: float | None
+) -> tuple[str, ...]:
+    given = dict(settings) | {"run.id": run_id}
+    given |= {"run.variant": variant} if variant else {}
+    given |= {"run.share": share} if share is not None else {}
+    configs = [part for path in files for part in ("--config", path)]
+    return (*configs, *(part for key, value in given.items() for part in (f"--{key}", argument(value))))
+
+
+def argument(value: Any) -> str:
+    """A value as ``fit`` reads it from the command line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return json.dumps(value, ensure_ascii=False)
+
+
+# What a run starts from --------------------------------------------------------------------------------------------------------
+
+
+def _named_start(resolved: Mapping[str, Any]) -> tuple[str, ...]:
+    """EXPERIMENT/ID if the start is a stage's checkpoint below the runs' root: ROOT/EXPERIMENT/ID/checkpoints/STAGE."""
+    start, root = resolved.get("model.start.init_from"), resolved.get("run.root", "runs")
+    try:
+        inside = Path(str(start)).absolute().relative_to(Path(str(root)).absolute()).parts
+    except ValueError:
+        return ()
+    return (_SEPARATOR.join(inside[:2]),) if len(inside) == 4 and inside[2] == "checkpoints" else ()
+
+
+def _linked(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> PlannedRun:
+    """The run with its parents inside the matrix. A start from a run outside is that run's own business."""
+    after = [name for name in run.after if name in runs]
+    match = run.gpu_hours
+    if match is not None:
+        if match.of not in runs or runs[match.of].gpu_hours is not None:
+            raise ValueError(
+                f"{run.name}: gpu_hours.of needs the run {match.of}, which is not in this matrix; add its arm with the same seed"
+            )
+        after.append(match.of)
+    return dataclasses.replace(run, after=tuple(dict.fromkeys(after)))
+
+
+def _refuse_cycles(matrix: str, runs: Sequence[PlannedRun]) -> None:
+    open_runs = {run.name: set(run.after) for run in runs}
+    while free := [name for name, after in open_runs.items() if not after & open_runs.keys()]:
+        for name in free:
+            del open_runs[name]
+    if open_runs:
+        raise ValueError(
+            f"matrix {matrix}: {', '.join(open_runs)} wait for each other; start one of them from elsewhere"
+        )
+
+
+# Settings that files come to ----------------------------------------------------------------------------------------------------
+
+
+_Read = Callable[[str], dict[str, Any]]
+
+
+def _resolve(files: Sequence[str], settings: Settings, read: _Read) -> dict[str, Any]:
+    """Dotted name → value after all files and settings, later ones over earlier ones; lists are values."""
+    flat: dict[str, Any] = {}
+    for path in files:
+        _overlay(flat, read(path))
+    _overlay(flat, {leaf: value for key, given in settings.items() for leaf, value in _flatten(given, key)})
+    return flat
+
+
+def _overlay(flat: dict[str, Any], later: Mapping[str, Any]) -> None:
+    for key, value in later.items():
+        parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
+        for other in [one for one in flat if one.startswith(f"{key}.") or one in parents]:
+            del flat[other]  # a mapping took the place of a value, or a value that of a mapping
+        flat[key] = value
+
+
+def _flat_file(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; a matrix names arms (configs/ARM.yaml) and overlays by their path"
+        )
+    try:
+        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    return dict(_flatten(plain or {}, ""))
+
+
+def _flatten(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{where}.{key}" if where else str(key))
+    elif where:
+        yield where, value

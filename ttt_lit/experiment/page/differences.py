@@ -1,0 +1,31 @@
+"""Every arm's loss against its family's references, and how a cell shows it."""
+
+from __future__ import annotations
+
+from ttt_lit.experiment.comparison import Comparison, compare_all
+from ttt_lit.experiment.page.formats import NONE, interval
+from ttt_lit.experiment.record import Role
+from ttt_lit.experiment.study import FamilyStudy
+
+Differences = dict[Role, Comparison | None]
+"""Role of the reference → the comparison; None: no such reference, or it is the arm itself."""
+NOT_USABLE = "†"
+"""Behind a difference that may not be used as evidence."""
+
+
+def family_differences(family: FamilyStudy) -> dict[str, Differences]:
+    """Arm name → its differences."""
+    return {arm.name: compare_all(family, arm) for arm in family.arms}
+
+
+def difference_text(comparison: Comparison | None) -> str:
+    """Estimate and interval, with ``NOT_USABLE`` where something forbids the comparison."""
+    return " ".join(difference_lines(comparison))
+
+
+def difference_lines(comparison: Comparison | None) -> tuple[str, ...]:
+    """The same as two lines, for a narrow column."""
+    if comparison is None or comparison.interval is None:
+        return (NONE,)
+    estimate, ends = interval(comparison.interval)
+    return estimate + (f" {NOT_USABLE}" if comparison.reasons else ""), ends

@@ -1,0 +1,60 @@
+"""Stages of every arm as bars over GPU-hours, with the two losses of every transition."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ttt_lit.experiment.page.figures.scales import amount
+from ttt_lit.experiment.page.figures.style import FONT, ArmStyle, axis_labels, label, one_axes, styles
+from ttt_lit.experiment.record import RunRecord, Stage
+from ttt_lit.experiment.study import FamilyStudy
+
+_ROW = 0.62
+_SHADES = {"A": 1.0, "B0": 0.35, "B1": 0.5, "B2": 0.75, "C": 1.0}
+
+
+def timeline_figure(family: FamilyStudy) -> Figure | str:
+    """The first seed of every token-matched arm, parents of known cost in front, hatched."""
+    runs = [arm.records[0] for arm in family.arms if not arm.variant and arm.share is None]
+    runs = [run for run in runs if any(stage.spent.gpu_seconds.get("compute") for stage in run.stages)]
+    if not runs:
+        return "no run has spent compute time on a stage"
+    figure, axes = one_axes(1.0 + _ROW * len(runs), grid="x")
+    looks = {arm.records[0].name: look for arm in family.arms for look in (styles(family.arms)[arm.name],)}
+    for row, run in enumerate(runs):
+        _draw_run(axes, row, run, looks[run.name])
+    axes.set_yticks(range(len(runs)), [label(run.experiment) for run in runs], fontsize=FONT - 1)
+    axes.set_ylim(len(runs) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: amount(value))
+    axis_labels(axes, "compute GPU-hours")
+    return figure
+
+
+def _draw_run(axes: Axes, row: int, run: RunRecord, look: ArmStyle) -> None:
+    hours = 0.0
+    for parent in run.parents:
+        width = (parent.gpu_seconds or 0.0) / 3600
+        if width:
+            axes.barh(row, width, left=hours, height=0.42, color="white", edgecolor="0.45", hatch="////", linewidth=0.8)
+            hours += width
+    texts = []
+    for stage in run.stages:
+        width = stage.spent.gpu_seconds.get("compute", 0.0) / 3600
+        axes.barh(
+            row, width, left=hours, height=0.42, color=look.colour, alpha=_SHADES.get(stage.name, 1.0),
+            edgecolor="white", linewidth=1.0,
+        )  # fmt: skip
+        hours += width
+        texts.append(f"{label(stage.name)}{_transition(stage)}")
+    axes.text(0, row + 0.38, " · ".join(texts), fontsize=FONT - 2, va="center", ha="left", color="0.2")
+
+
+def _transition(stage: Stage) -> str:
+    proof = stage.transition
+    if proof is None:
+        return ""
+    sign = "=" if proof.preserves and proof.held else "→" if not proof.preserves else "≠ (broken)"
+    return f" [{proof.before:.3f} {sign} {proof.after:.3f}]"

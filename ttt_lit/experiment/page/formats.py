@@ -1,0 +1,47 @@
+"""Numbers as the page writes them; a dash where there is none."""
+
+from __future__ import annotations
+
+import math
+
+from ttt_lit.experiment.statistics import Interval
+
+NONE = "–"
+
+
+def loss(value: float | None) -> str:
+    """Nats per token or bits per byte."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def change(value: float | None) -> str:
+    return NONE if value is None or not math.isfinite(value) else f"{value:+.4f}".replace("-", "−")
+
+
+def interval(value: Interval) -> tuple[str, str]:
+    """Estimate, and the interval in brackets."""
+    return change(value.estimate), f"[{change(value.low)}, {change(value.high)}]"
+
+
+def hours(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def count(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def billions(value: float | None) -> str:
+    """Tokens or bytes, short: 27.5B, 573K."""
+    if value is None:
+        return NONE
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:,.0f}"
+
+
+def seconds_as_hours(value: float | None) -> str:
+    return hours(None if value is None else value / 3600)

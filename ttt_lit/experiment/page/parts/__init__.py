@@ -1,0 +1,1 @@
+"""The page's sections: from a study to blocks."""

@@ -1,0 +1,145 @@
+"""What stands below the families: problems, the comparison across families, and how to read it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ttt_lit.experiment.gates import MAX_DELTA, MIN_SAVING, flags
+from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
+from ttt_lit.experiment.page.figures.style import ROLE_NAMES
+from ttt_lit.experiment.page.formats import hours, loss
+from ttt_lit.experiment.record import RunRecord
+from ttt_lit.experiment.study import Arm, FamilyStudy, Study, gpu_hours
+
+
+def problems(study: Study) -> list[Block]:
+    """Everything that keeps a run or a comparison from being taken at face value."""
+    arms = [arm for family in study.families.values() for arm in family.arms]
+    found = [*study.problems, *_missing(study), *(f"{arm.name}: {flag}" for arm in arms for flag in flags(arm))]
+    unfinished = [record for arm in arms for record in arm.records if record.status != "finished"]
+    blocks: list[Block] = [Heading(level=2, text="Flags and problems")]
+    blocks.append(Listing(items=tuple(found)) if found else Paragraph(text="None."))
+    if unfinished:
+        rows = tuple((record.name, record.status, record.reason or "–") for record in unfinished)
+        header = ("run", "status", "reason")
+        blocks.append(Grid(caption="Runs that did not finish", header=header, rows=rows, wide=True))
+    return blocks
+
+
+def _missing(study: Study) -> Iterator[str]:
+    """Roles that a decision needs and no run has."""
+    for family in study.families.values():
+        arms: dict[str, Arm | None] = {
+            "ttt_scratch": family.baseline,
+            "fa_scratch": family.fa_scratch,
+            "fa_import": family.fa_import,
+        }
+        for role, arm in arms.items():
+            if arm is None:
+                yield f"{family.family}: no run of role {role} ({ROLE_NAMES[role]}), matched by tokens, without a variant"  # type: ignore[index]
+        if not family.candidates:
+            yield f"{family.family}: no bridge and no direct conversion"
+
+
+def across(study: Study) -> list[Block]:
+    """Bits per byte of every arm: the only unit that two tokenizers share."""
+    rows = tuple(
+        (arm.name, family.family, ROLE_NAMES.get(arm.role, "none"), loss(arm.bits_per_byte))
+        for family in study.families.values()
+        for arm in _main_arms(family)
+    )
+    if not rows:
+        return []
+    return [
+        Heading(level=2, text="Across families"),
+        Paragraph(
+            text="Families have tokenizers of their own, so their nats per token cannot be compared; bits per byte of the same "
+            "text can, and only as orientation, because the models differ too."
+        ),
+        Grid(
+            caption="Final long-context loss in bits per byte, token-matched arms",
+            header=("arm", "family", "role", "bits per byte"),
+            rows=rows,
+        ),
+    ]
+
+
+def _main_arms(family: FamilyStudy) -> list[Arm]:
+    return [arm for arm in family.arms if not arm.variant and arm.share is None]
+
+
+def other_runs(study: Study) -> list[Block]:
+    """Runs that take no part in the comparison."""
+    records = [*study.external, *study.others]
+    if not records:
+        return []
+    rows = tuple(
+        (
+            record.name,
+            record.model.family,
+            record.role or "none",
+            record.status,
+            _final(record),
+            hours(gpu_hours(record, "marginal")),
+        )
+        for record in records
+    )
+    return [
+        Heading(level=2, text="Other runs"),
+        Grid(
+            caption="External checkpoints' own training, and runs without a role",
+            header=("run", "family", "role", "status", "loss", "GPU-h"),
+            rows=rows,
+        ),
+    ]
+
+
+def _final(record: RunRecord) -> str:
+    final = record.final()
+    return loss(final.nats_per_token if final else None)
+
+
+def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
+    """How to read the page, what it was measured on, and how it was made."""
+    return [
+        Heading(level=2, text="How to read this"),
+        Paragraph(
+            text=f"Accounts. GPU-hours are device-hours of the compute account: training, waiting for data included; validation, "
+            f"checkpoints and compilation are booked apart. “Run alone” is what the run itself took, “with parents” adds every run "
+            f"that made its start checkpoint, and is unknown where one of these is. A saving of {MIN_SAVING:.0%} is asked for under "
+            f"each."
+        ),
+        Paragraph(
+            text="Intervals. Differences are paired by held-out document and by seed: every document was read by both models, "
+            "and only the difference is averaged. The 95 % interval comes from resampling documents, and seeds where there are "
+            "several; with one seed it says nothing about what another seed would give."
+        ),
+        Paragraph(
+            text=f"Insufficient evidence. A gate passes or fails only if the whole interval lies on one side of its limit "
+            f"(for the loss {MAX_DELTA:g} nats per token); everything else, missing runs included, is “insufficient”. That is no "
+            "failure of the method and no success."
+        ),
+        Heading(level=2, text="Environment"),
+        Listing(items=tuple(_environments(records))),
+        Heading(level=2, text="Made with"),
+        Code(text=command),
+    ]
+
+
+def _environments(records: Sequence[RunRecord]) -> Iterator[str]:
+    """Each environment once, with how many runs had it."""
+    found: dict[str, int] = {}
+    for record in records:
+        environment = record.environment
+        versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+        tree = f"revision {record.git.revision[:12]}" if record.git.revision else "no revision"
+        parts = (
+            f"{environment.num_devices} × {environment.device}",
+            versions or "versions not recorded",
+            f"kernels {', '.join(environment.kernels) or 'not recorded'}",
+            tree + (" with changes" if record.git.dirty else ""),
+        )
+        text = "; ".join(parts)
+        found[text] = found.get(text, 0) + 1
+    for text, number in sorted(found.items()):
+        yield f"{text} ({number} {'run' if number == 1 else 'runs'})"

@@ -1,0 +1,186 @@
+"""One family: figures, arms and ablations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ttt_lit.experiment.comparison import compare, target_loss
+from ttt_lit.experiment.page.blocks import Block, Cell, Gallery, Grid, Heading, Paragraph, Picture
+from ttt_lit.experiment.page.differences import NOT_USABLE, Differences, difference_lines, difference_text
+from ttt_lit.experiment.page.figures.bars import speed_figure, target_figure
+from ttt_lit.experiment.page.figures.frontier import ACCOUNT_NAMES, frontier_figure
+from ttt_lit.experiment.page.figures.positions import position_differences_figure, positions_figure
+from ttt_lit.experiment.page.figures.series import Against, series_figure
+from ttt_lit.experiment.page.figures.style import ROLE_NAMES
+from ttt_lit.experiment.page.figures.timeline import timeline_figure
+from ttt_lit.experiment.page.formats import billions, count, hours, loss
+from ttt_lit.experiment.study import ACCOUNTS, Arm, FamilyStudy
+
+_AGAINST: dict[Against, str] = {"tokens": "tokens", "gpu_hours": "GPU-hours"}
+
+
+def arms_table(family: FamilyStudy, differences: Mapping[str, Differences]) -> list[Block]:
+    """One row per arm, ablations left out: what most readers compare."""
+    arms = [arm for arm in family.arms if not arm.variant]
+    header = (
+        "arm", "role", "loss", "bits per byte", "tokens", "GPU-h alone", "with parents",
+        "Δ baseline", "Δ FA from scratch", "Δ FA imported",
+    )  # fmt: skip
+    rows = tuple(_arm_row(arm, differences[arm.name]) for arm in arms)
+    caption = f"Arms of {family.family}: final long-context loss in nats per token, Δ with 95 % interval (below zero is better)"
+    note = f"{NOT_USABLE} may not be used as evidence; the reasons stand under Flags and problems."
+    return [Grid(caption=caption, header=header, rows=rows), *([Paragraph(text=note)] if _any_unusable(rows) else [])]
+
+
+def _any_unusable(rows: tuple[tuple[Cell, ...], ...]) -> bool:
+    return any(isinstance(cell, tuple) and cell[0].endswith(NOT_USABLE) for row in rows for cell in row)
+
+
+def _arm_row(arm: Arm, difference: Differences) -> tuple[Cell, ...]:
+    return (
+        arm.name,
+        (ROLE_NAMES.get(arm.role, "none"), _seeds(arm)),
+        loss(arm.loss),
+        loss(arm.bits_per_byte),
+        billions(arm.tokens),
+        hours(arm.gpu_hours("marginal")),
+        hours(arm.gpu_hours("with_parents")),
+        difference_lines(difference["ttt_scratch"]),
+        difference_lines(difference["fa_scratch"]),
+        difference_lines(difference["fa_import"]),
+    )
+
+
+def ablations(family: FamilyStudy) -> list[Block]:
+    """Variants against the default of the same experiment."""
+    variants = [arm for arm in family.arms if arm.variant]
+    if not variants:
+        return []
+    rows = tuple(_ablation_row(family, arm) for arm in variants)
+    header = ("experiment", "variant", "loss", "Δ default variant", "GPU-h, run alone", "seeds")
+    return [
+        Heading(level=3, text=f"{family.family}: ablations"),
+        Grid(caption="Variants against the default of the same experiment (nats per token)", header=header, rows=rows),
+    ]
+
+
+def _seeds(arm: Arm) -> str:
+    return "1 seed" if len(arm.records) == 1 else f"{len(arm.records)} seeds"
+
+
+def _ablation_row(family: FamilyStudy, arm: Arm) -> tuple[Cell, ...]:
+    default = (
+        family.matched(arm.experiment, "") if arm.share is None else family.shares(arm.experiment, "").get(arm.share)
+    )
+    variant = arm.variant if arm.share is None else f"{arm.variant} at {arm.share:g}"
+    delta = difference_text(compare(arm, default) if default else None)
+    return arm.experiment, variant, loss(arm.loss), delta, hours(arm.gpu_hours("marginal")), count(len(arm.records))
+
+
+def figures(family: FamilyStudy, differences: Mapping[str, Differences]) -> list[Block]:
+    """The figures of one family, frontier first."""
+    name = family.family
+    return [
+        Heading(level=3, text=f"{name}: quality against compute"),
+        Gallery(pictures=tuple(_frontiers(family, differences))),
+        Heading(level=3, text=f"{name}: loss while training"),
+        Gallery(pictures=tuple(_series(family))),
+        Heading(level=3, text=f"{name}: loss by token position"),
+        Gallery(pictures=tuple(_positions(family))),
+        Heading(level=3, text=f"{name}: where the time went"),
+        Gallery(pictures=tuple(_time(family))),
+    ]
+
+
+def stem(family: FamilyStudy, figure: str) -> str:
+    """A file name for any family's name."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '_', family.family)}_{figure}"
+
+
+def _frontiers(family: FamilyStudy, differences: Mapping[str, Differences]) -> list[Picture]:
+    made = []
+    for account in ACCOUNTS:
+        made.append(
+            Picture(
+                stem=stem(family, f"frontier_{account}"),
+                title=f"Final loss against GPU-hours, {ACCOUNT_NAMES[account]}",
+                caption="Lower and further left is better. Ringed and dotted: the Pareto front. Hollow, joined: budgets that are "
+                "a share of the baseline's GPU-hours. Bars: 95 % interval of the difference to the baseline. Pale line: the "
+                "baseline's loss on the fixed held-out subset while it trained. Ablations are left out.",
+                alt=f"Scatter plot of final loss against GPU-hours ({ACCOUNT_NAMES[account]}) of every arm of {family.family}; "
+                "the same numbers stand in the table of arms.",
+                figure=frontier_figure(family, account, differences),
+            )
+        )
+    return made
+
+
+def _series(family: FamilyStudy) -> list[Picture]:
+    caption = (
+        "Lines: the fixed held-out subset, one line per run. Hollow marks: final loss on all held-out blocks. "
+        "Losses far above the final ones are cut off. Token-matched arms."
+    )
+    return [
+        Picture(
+            stem=stem(family, f"loss_{against}"),
+            title=f"Held-out loss against {words}",
+            caption=caption,
+            alt=f"Line plot of held-out loss against {words} for the token-matched arms of {family.family}.",
+            figure=series_figure(family, against),
+        )
+        for against, words in _AGAINST.items()
+    ]
+
+
+def _positions(family: FamilyStudy) -> list[Picture]:
+    control = family.fa_import or family.fa_scratch
+    return [
+        Picture(
+            stem=stem(family, "positions"),
+            title="Final loss by token position",
+            caption="Means over position buckets, inner loop as in the headline loss, mean over seeds. Falling to the right: "
+            "context helps.",
+            alt=f"Line plot of final loss by token position for the token-matched arms of {family.family}.",
+            figure=positions_figure(family),
+        ),
+        Picture(
+            stem=stem(family, "position_differences"),
+            title=f"The same, minus {control.name}" if control else "The same, minus a full-attention control",
+            caption="Below zero: better than full attention at that position. The control is the imported model under full "
+            "attention, or where there is none the one from scratch.",
+            alt=f"Line plot of the difference in loss to the full-attention control by position for arms of {family.family}.",
+            figure=position_differences_figure(family, control),
+        ),
+    ]
+
+
+def _time(family: FamilyStudy) -> list[Picture]:
+    target = None if family.baseline is None else target_loss(family.baseline)
+    reached = "a target loss" if target is None else f"{target:.4f} nats per token"
+    return [
+        Picture(
+            stem=stem(family, "timeline"),
+            title="Stages over GPU-hours",
+            caption="Below each bar, its stages; in brackets the loss of one fixed batch before and after the conversion into the "
+            "stage: = equal as promised, → a jump that the conversion allows, ≠ a broken promise. Hatched: parent runs of known "
+            "cost. First seed.",
+            alt=f"Bars of the stages of every token-matched arm of {family.family} over GPU-hours.",
+            figure=timeline_figure(family),
+        ),
+        Picture(
+            stem=stem(family, "target"),
+            title=f"GPU-hours to {reached}",
+            caption="The target is what the baseline had reached at its last evaluation on the fixed subset; between evaluations "
+            "losses are interpolated.",
+            alt=f"Bars of GPU-hours until the target loss for the arms of {family.family}.",
+            figure=target_figure(family),
+        ),
+        Picture(
+            stem=stem(family, "speed"),
+            title="Seconds per 1,000 tokens, by stage",
+            caption="Compute time of all devices together. First seed.",
+            alt=f"Bars of seconds per 1,000 tokens of every stage for the arms of {family.family}.",
+            figure=speed_figure(family),
+        ),
+    ]

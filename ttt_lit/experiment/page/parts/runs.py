@@ -1,0 +1,155 @@
+"""The reporting template: six items for every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ttt_lit.experiment.findings import window_of
+from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Heading
+from ttt_lit.experiment.page.differences import Differences, difference_text
+from ttt_lit.experiment.page.formats import billions, count, hours, loss, seconds_as_hours
+from ttt_lit.experiment.record import Role, RunRecord, Stage, Validation
+from ttt_lit.experiment.study import Arm, FamilyStudy, gpu_hours
+from ttt_lit.metrics import ACCOUNTS
+
+HEADER = (
+    "run",
+    "1 · checkpoint source",
+    "2 · attention and TTT policy",
+    "3 · stage budgets",
+    "4 · long-context loss",
+    "5 · throughput and time",
+    "6 · differences",
+)
+REFERENCES: dict[str, Role] = {"baseline": "ttt_scratch", "FA scratch": "fa_scratch", "FA import": "fa_import"}
+_SHOWN_HASH = 12
+
+
+def run_table(family: FamilyStudy, compared: Mapping[str, Differences]) -> list[Block]:
+    """One row per run."""
+    rows = tuple(_row(record, arm, compared[arm.name]) for arm in family.arms for record in arm.records)
+    caption = f"Runs of {family.family}: source, policy, budgets, loss (nats per token), time, differences"
+    return [
+        Heading(level=3, text=f"{family.family}: every run"),
+        Grid(caption=caption, header=HEADER, rows=rows, wide=True),
+    ]
+
+
+def _row(record: RunRecord, arm: Arm, compared: Differences) -> tuple[Cell, ...]:
+    return (
+        (record.name, f"seed {record.seed}, {record.status}"),
+        tuple(source(record)),
+        tuple(policy(record)),
+        tuple(budgets(record)),
+        tuple(losses(record)) or "not measured",
+        tuple(times(record)),
+        tuple(differences(arm, compared)),
+    )
+
+
+def source(record: RunRecord) -> Iterator[str]:
+    yield record.model.family
+    if record.start.source is None:
+        yield "random weights"
+    else:
+        digest = record.start.weights_hash
+        yield record.start.source
+        yield f"sha256 {digest[:_SHOWN_HASH]}…" if digest else "hash not recorded"
+    for parent in record.parents:
+        yield f"parent {parent.name}: {seconds_as_hours(parent.gpu_seconds)} GPU-h"
+
+
+def policy(record: RunRecord) -> Iterator[str]:
+    layers = record.model.ttt_layers
+    yield f"TTT layers: {_ranges(layers)} of {record.model.num_layers}" if layers else "no TTT layers"
+    for stage in record.stages:
+        yield f"{stage.name}: {windows(stage)}, {stage.mode}, {stage.context:,}"
+    if record.start.receipt:
+        yield f"tensors: {', '.join(_receipt(record.start.receipt))}"
+
+
+def _receipt(receipt: Mapping[str, Any]) -> Iterator[str]:
+    for status, number in receipt.items():
+        amount = number.get("tensors") if isinstance(number, dict) else number
+        yield f"{amount} {status}"
+
+
+def windows(stage: Stage) -> str:
+    """dense, a width, or how many layers have which."""
+    if all(width is None for width in stage.windows):
+        return "dense"
+    widest = window_of(stage)
+    if widest is not None and len(set(stage.windows)) == 1:
+        return f"window {widest:,}"
+    kinds = dict.fromkeys(stage.windows)
+    return "windows " + " + ".join(
+        f"{stage.windows.count(width)} × {'dense' if width is None else f'{width:,}'}" for width in kinds
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0–3, 7, 9–11."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in found)
+
+
+def budgets(record: RunRecord) -> Iterator[str]:
+    for stage in record.stages:
+        spent, planned = stage.spent, stage.planned
+        steps = count(spent.optimizer_steps)
+        if planned.optimizer_steps not in (None, spent.optimizer_steps):
+            steps += f" of {count(planned.optimizer_steps)}"
+        time = seconds_as_hours(spent.gpu_seconds.get("compute"))
+        if planned.gpu_seconds is not None:
+            time += f" of {seconds_as_hours(planned.gpu_seconds)}"
+        yield f"{stage.name}: {steps} steps, {billions(spent.tokens)} tokens, {billions(spent.bytes)} bytes, {time} GPU-h"
+    total = record.totals
+    yield f"all: {billions(total.tokens)} tokens, {billions(total.bytes)} bytes, {hours(gpu_hours(record, 'marginal'))} GPU-h"
+
+
+def losses(record: RunRecord) -> Iterator[str]:
+    final = record.final()
+    if final is None:
+        return
+    yield f"{loss(final.nats_per_token)}, {loss(final.bits_per_byte)} bits per byte (inner {final.inner}, {final.context:,})"
+    other = record.final("off" if final.inner == "on" else "on")
+    if other is not None:
+        yield f"{loss(other.nats_per_token)} with inner {other.inner}"
+    yield from _slices(final)
+
+
+def _slices(validation: Validation) -> Iterator[str]:
+    """First, second and last tenth of the positions; the outermost buckets where tenths were not recorded."""
+    tenths = [document.deciles for document in validation.documents if len(document.deciles) == 10]
+    if tenths:
+        mean = [sum(column) / len(tenths) for column in zip(*tenths, strict=True)]
+        yield f"tenths of positions: 1st {loss(mean[0])}, 2nd {loss(mean[1])}, 5th {loss(mean[4])}, last {loss(mean[9])}"
+    elif validation.buckets:
+        for words, bucket in (("first", validation.buckets[0]), ("last", validation.buckets[-1])):
+            yield f"{words} bucket (from {bucket.start:,}): {loss(bucket.nats_per_token)}"
+
+
+def times(record: RunRecord) -> Iterator[str]:
+    for stage in record.stages:
+        speed = stage.throughput
+        if speed is not None:
+            yield f"{stage.name}: {speed.tokens_per_second:,.0f} tokens/s, {speed.seconds_per_1k_tokens:.3g} s per 1K"
+    accounts = ", ".join(f"{name} {seconds_as_hours(record.totals.gpu_seconds.get(name))}" for name in ACCOUNTS)
+    yield f"GPU-h: {accounts}"
+    yield f"with parents {hours(gpu_hours(record, 'with_parents'))}"
+
+
+def differences(arm: Arm, compared: Differences) -> Iterator[str]:
+    """Of the arm, over its seeds."""
+    for words, role in REFERENCES.items():
+        comparison = compared[role]
+        seeds = (
+            f" ({comparison.interval.seeds} of {len(arm.seeds)} seeds)" if comparison and comparison.interval else ""
+        )
+        yield f"Δ {words}: {difference_text(comparison)}{seeds}"

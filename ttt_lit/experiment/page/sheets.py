@@ -1,0 +1,80 @@
+"""The numbers as CSV: one row per run and stage, one per gate."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ttt_lit.experiment.gates import Gate
+from ttt_lit.experiment.page.parts.runs import windows
+from ttt_lit.experiment.record import RunRecord, Stage
+from ttt_lit.metrics import ACCOUNTS
+
+Value = str | float | int | None
+
+RUN_HEADER = (
+    "run", "experiment", "role", "variant", "share", "seed", "family", "status", "reason", "headline", "source", "weights_sha256",
+    "num_parameters", "stage", "mode", "context", "windows", "steps", "planned_steps", "tokens", "planned_tokens", "bytes",
+    *(f"gpu_seconds_{account}" for account in ACCOUNTS), "planned_gpu_seconds", "transition_before", "transition_after",
+    "transition_held", "loss_inner_off", "loss_inner_on", "bits_per_byte_inner_off", "bits_per_byte_inner_on", "tokens_per_second",
+    "seconds_per_1k_tokens", "peak_memory_gib",
+)  # fmt: skip
+GATE_HEADER = ("family", "candidate", "gate", "account", "outcome", "numbers", "reasons")
+_NO_STAGE: tuple[None] = (None,)
+# A spreadsheet takes a cell that begins with one of these for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def runs_csv(records: Iterable[RunRecord]) -> str:
+    """Seconds, tokens and losses (nats per token) unrounded; a run without stages has one row with empty stage columns."""
+    ordered = sorted(records, key=lambda record: (record.model.family, record.name))
+    return _write(RUN_HEADER, (_run_row(r, stage) for r in ordered for stage in r.stages or _NO_STAGE))
+
+
+def gates_csv(gates: Mapping[str, Sequence[Gate]]) -> str:
+    """``gates``: of every family."""
+    return _write(GATE_HEADER, (_gate_row(family, gate) for family, found in gates.items() for gate in found))
+
+
+def _run_row(record: RunRecord, stage: Stage | None) -> Iterator[Value]:
+    yield from (record.name, record.experiment, record.role, record.variant, record.share, record.seed)
+    yield from (record.model.family, record.status, record.reason, record.headline, record.start.source)
+    yield from (record.start.weights_hash, record.model.num_parameters)
+    if stage is None:
+        return
+    spent, planned, proof, speed = stage.spent, stage.planned, stage.transition, stage.throughput
+    yield from (stage.name, stage.mode, stage.context, windows(stage), spent.optimizer_steps, planned.optimizer_steps)
+    yield from (spent.tokens, planned.tokens, spent.bytes, *(spent.gpu_seconds.get(account) for account in ACCOUNTS))
+    yield planned.gpu_seconds
+    yield from (proof.before, proof.after, str(proof.held).lower()) if proof else (None, None, None)
+    final = {validation.inner: validation for validation in stage.validations}
+    yield from (final[inner].nats_per_token if inner in final else None for inner in ("off", "on"))
+    yield from (final[inner].bits_per_byte if inner in final else None for inner in ("off", "on"))
+    yield from (speed.tokens_per_second, speed.seconds_per_1k_tokens, speed.peak_memory_gib) if speed else ()
+
+
+def _gate_row(family: str, gate: Gate) -> Iterator[Value]:
+    yield from (family, gate.subject, gate.name, gate.account, gate.outcome)
+    yield "; ".join(f"{name}: {value}" for name, value in gate.numbers)
+    yield " ".join(gate.reasons)
+
+
+def _write(header: Sequence[str], rows: Iterable[Iterable[Value]]) -> str:
+    """Every row as long as the header; RFC 4180 quoting."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(header)
+    for row in rows:
+        cells = [_value(value) for value in row]
+        writer.writerow(cells + [""] * (len(header) - len(cells)))
+    return buffer.getvalue()
+
+
+def _value(value: Value) -> str:
+    if isinstance(value, str):
+        return "'" + value if value.startswith(_FORMULA) else value
+    if value is None or not math.isfinite(value):
+        return ""
+    return repr(value)

@@ -1,0 +1,151 @@
+"""The secondary gates: did training converge without accidents, and does the loss hold to the end of the context?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ttt_lit.experiment.comparison import format_interval
+from ttt_lit.experiment.record import RunRecord, Stage
+from ttt_lit.experiment.statistics import MIN_DOCUMENTS, RESAMPLES, Interval, level_change, mean_interval
+from ttt_lit.experiment.study import Arm
+from ttt_lit.experiment.verdict import Gate, Outcome, worst
+from ttt_lit.train.divergence import DivergenceDetector
+
+SPIKE_NATS = 0.5
+"""Nats per token above the lowest running median of the stage so far from which an optimiser step counts as high."""
+SPIKE_STEPS = 20
+"""Consecutive high optimiser steps that are a spike."""
+SPIKE_WINDOW = 32
+"""Losses in the running median. The limit exists once the window is full, so a stage's first 32 steps, in which the rate warms up and a
+conversion is digested, are not judged."""
+TREND_STAGE = "C"
+"""The stage whose last third must not rise: the one at the long context."""
+MIN_LAST_THIRD = 12
+"""Optimiser steps in the last third, below which its trend cannot be told."""
+MAX_DECILE_RISE = 0.02
+"""Nats per token by which the loss may rise from one tenth of the positions to the next."""
+DECILES = 10
+
+Finding = tuple[Outcome, str]
+
+
+def convergence_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
+    """Stable training: no divergence, no spike in any stage, and a last third of stage C that does not rise. Every seed must pass."""
+    findings: list[Finding] = []
+    numbers: list[tuple[str, str]] = []
+    for record in arm.records:
+        who = f"seed {record.seed}: "
+        findings += [(outcome, who + reason) for outcome, reason in _accidents(record)]
+        outcome, reason, change = _trend(record, resamples)
+        findings.append((outcome, who + reason))
+        if change is not None:
+            numbers.append((f"change over the last third of {TREND_STAGE}, seed {record.seed}", change))
+    return _gate("stable convergence", arm, findings, numbers)
+
+
+def _accidents(record: RunRecord) -> Iterator[Finding]:
+    if record.status == "diverged":
+        yield "fail", f"the run diverged ({record.reason})"
+    elif record.status != "finished":
+        yield "insufficient", f"the run is {record.status}"
+    for stage in record.stages:
+        if not stage.train_losses:
+            yield "insufficient", f"stage {stage.name} has no training losses"
+        elif (spike := _spike(stage)) is not None:
+            yield "fail", spike
+
+
+def _spike(stage: Stage) -> str | None:
+    """The first spike in words, by the rule that stops a diverging run, at this gate's limits."""
+    detector = DivergenceDetector(
+        window=SPIKE_WINDOW, min_history=SPIKE_WINDOW, margin_nats=SPIKE_NATS, patience=SPIKE_STEPS
+    )
+    for step, loss in enumerate(stage.train_losses, start=1):
+        reason = detector.update(loss)
+        if reason is not None:
+            return f"stage {stage.name}, step {step}: {reason}"
+    return None
+
+
+def _trend(record: RunRecord, resamples: int) -> tuple[Outcome, str, str | None]:
+    losses = next((stage.train_losses for stage in record.stages if stage.name == TREND_STAGE), None)
+    if losses is None:
+        return "insufficient", f"there is no stage {TREND_STAGE}", None
+    last = losses[len(losses) - len(losses) // 3 :]
+    if len(last) < MIN_LAST_THIRD:
+        return (
+            "insufficient",
+            f"the last third of {TREND_STAGE} has {len(last)} steps, at least {MIN_LAST_THIRD} are needed",
+            None,
+        )
+    if not all(math.isfinite(loss) for loss in last):
+        return "insufficient", f"the last third of {TREND_STAGE} has losses that are not finite", None
+    change = level_change(last, resamples=resamples)
+    text = f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] nats per token"
+    if change.low > 0:
+        return "fail", f"the training loss rises over the last third of {TREND_STAGE}: {text}", text
+    return "pass", f"the training loss does not rise over the last third of {TREND_STAGE}", text
+
+
+def long_token_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
+    """No degradation at late positions: the last tenth is not above the second, and no tenth is much above the one before it."""
+    tables = _deciles(arm)
+    if tables is None:
+        reason = f"not every seed has a headline loss with {DECILES} finite tenths per document, for the same documents"
+        return _gate("long-token loss", arm, [("insufficient", reason)], [])
+    whole = _step(tables, 1, DECILES - 1, resamples)
+    steps = {later: _step(tables, later - 1, later, resamples) for later in range(1, DECILES)}
+    steepest = max(steps, key=lambda later: steps[later].estimate)
+    findings = [_bounded(whole, 0.0, "last tenth of the positions minus the second")]
+    findings += [
+        _bounded(interval, MAX_DECILE_RISE, f"tenth {later + 1} of the positions minus tenth {later}")
+        for later, interval in steps.items()
+    ]
+    if whole.documents < MIN_DOCUMENTS:
+        few = f"measured on {whole.documents} documents, an interval needs at least {MIN_DOCUMENTS}"
+        findings = [("insufficient", few), *((_unsure(outcome), text) for outcome, text in findings)]
+    numbers = [
+        ("last tenth minus second", format_interval(whole)),
+        (f"largest rise between neighbours (tenth {steepest} to {steepest + 1})", format_interval(steps[steepest])),
+    ]
+    return _gate("long-token loss", arm, findings, numbers)
+
+
+def _deciles(arm: Arm) -> list[dict[str, list[float]]] | None:
+    tables = [{d.id: d.deciles for d in final.documents} if final else {} for final in arm.finals()]
+    same = all(table.keys() == tables[0].keys() for table in tables)
+    rows = [row for table in tables for row in table.values()]
+    sound = all(len(row) == DECILES and all(map(math.isfinite, row)) for row in rows)
+    return tables if rows and same and sound else None
+
+
+def _step(tables: list[dict[str, list[float]]], earlier: int, later: int, resamples: int) -> Interval:
+    """Loss of one tenth minus that of another, paired inside each document."""
+    return mean_interval(
+        [{each: row[later] - row[earlier] for each, row in table.items()} for table in tables], resamples=resamples
+    )
+
+
+def _bounded(interval: Interval, limit: float, what: str) -> Finding:
+    text = f"{what}: {format_interval(interval)}"
+    if interval.high <= limit:
+        return "pass", f"{text}, at most {limit:g}"
+    if interval.low > limit:
+        return "fail", f"{text}, above {limit:g}"
+    return "insufficient", f"{text}, the interval crosses {limit:g}"
+
+
+def _unsure(outcome: Outcome) -> Outcome:
+    return "insufficient" if outcome == "fail" else outcome
+
+
+def _gate(name: str, arm: Arm, findings: list[Finding], numbers: list[tuple[str, str]]) -> Gate:
+    """Reasons: those findings that made the outcome; beside a failure also what could not be told."""
+    findings = [("insufficient", problem) for problem in arm.problems] + findings
+    outcome = worst([each for each, _ in findings])
+    order = ("pass",) if outcome == "pass" else ("fail", "insufficient")
+    reasons = [reason for wanted in order for each, reason in findings if each == wanted]
+    return Gate(
+        name=name, subject=arm.name, outcome=outcome, numbers=tuple(numbers), reasons=tuple(dict.fromkeys(reasons))
+    )

@@ -1,0 +1,171 @@
+"""Confidence intervals over held-out documents: paired, by the percentile bootstrap, the same at every call.
+
+Two runs that read the same documents are compared document by document: how hard a document is affects both and cancels. Documents
+are then resampled with replacement, and with several seeds the seeds too, each independently of the other (Owen, 2007, "The pigeonhole
+bootstrap").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+MIN_DOCUMENTS = 20
+"""Below this the percentile bootstrap is too narrow to decide by: with 8 documents a 95 % interval holds the truth in 84 to 88 % of cases
+(skewed and normal differences), with 20 in 90 to 93 %."""
+_BATCH = 1_000  # resamples drawn at once: bounds memory to 1,000 × documents numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its confidence interval, in the unit of what was averaged."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float = LEVEL
+    documents: int
+    seeds: int
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """How far a series has moved, with the confidence interval, in the unit of the series."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float = LEVEL
+
+
+def paired_difference(
+    candidate: Sequence[Mapping[str, float]],
+    baseline: Sequence[Mapping[str, float]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Interval:
+    """Mean of candidate − baseline over documents and seeds; below zero the candidate is better.
+
+    Parameters:
+        candidate: document id → nats per token, one mapping per training seed.
+        baseline: the same; ``candidate[i]`` is paired with ``baseline[i]``.
+        resamples: of the bootstrap.
+        seed: of the bootstrap. Equal arguments give equal intervals, in whatever order a mapping lists its documents.
+        level: of the interval.
+
+    Raises:
+        ValueError: not the same documents everywhere, none at all, or a loss that is not finite.
+    """
+    if len(candidate) != len(baseline):
+        raise ValueError(
+            f"paired_difference: got {len(candidate)} and {len(baseline)} seeds, expected pairs; drop the seeds without a partner"
+        )
+    ids = _common_ids([*candidate, *baseline])
+    return _interval(_table(candidate, ids) - _table(baseline, ids), resamples, seed, level)
+
+
+def mean_interval(
+    values_by_document: Sequence[Mapping[str, float]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Interval:
+    """Mean of one quantity over documents and seeds; parameters and errors as for ``paired_difference``."""
+    ids = _common_ids(values_by_document)
+    return _interval(_table(values_by_document, ids), resamples, seed, level)
+
+
+def level_change(series: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Change:
+    """Mean of a series' second half minus that of its first half, with a moving-block bootstrap inside each half.
+
+    Neighbours in a training curve are not independent, so blocks of about n^(1/3) consecutive values are resampled (n: values of a half;
+    an odd value belongs to the second). Deviations are scaled by sqrt(n / (n − block)), without which short series have intervals that
+    are too narrow.
+
+    Raises:
+        ValueError: fewer than four values, or a value that is not finite.
+    """
+    values = np.array(series, dtype=np.float64)
+    if len(values) < 4 or not np.isfinite(values).all():
+        raise ValueError(f"level_change: got {len(values)} values, expected at least 4, all finite")
+    middle, generator = len(values) // 2, np.random.default_rng(seed)
+    first, second = values[:middle], values[middle:]
+    changes = _block_means(second, resamples, generator) - _block_means(first, resamples, generator)
+    low, high = np.quantile(changes, [(1 - level) / 2, (1 + level) / 2])
+    return Change(estimate=float(second.mean() - first.mean()), low=float(low), high=float(high), level=level)
+
+
+def _block_means(values: Any, resamples: int, generator: Any) -> Any:
+    """(resamples,) means of ``values`` (n,) rebuilt from random blocks; blocks wrap around the end, so every value is equally likely."""
+    count = len(values)
+    block = max(1, round(count ** (1 / 3)))
+    sums = np.concatenate([values, values[: block - 1]]).cumsum()
+    blocks = (sums[block - 1 :] - np.concatenate([[0.0], sums[: count - 1]])) / block
+    number = -(-count // block)
+    drawn = [
+        blocks[generator.integers(0, count, (min(_BATCH, resamples - start), number))].mean(1)
+        for start in range(0, resamples, _BATCH)
+    ]
+    mean = values.mean()
+    return mean + (np.concatenate(drawn) - mean) * math.sqrt(number * block / (count - block))
+
+
+def _common_ids(tables: Sequence[Mapping[str, float]]) -> list[str]:
+    """The documents, sorted: resampling must not depend on the order in which a file lists them."""
+    if not tables or not tables[0]:
+        raise ValueError("confidence interval: got no documents, expected at least one; the run was not measured")
+    for table in tables[1:]:
+        if table.keys() != tables[0].keys():
+            common = len(table.keys() & tables[0].keys())
+            raise ValueError(
+                f"confidence interval: got {len(tables[0])} and {len(table)} documents with {common} in common, expected the same "
+                "ones everywhere; measure all runs on the same held-out data"
+            )
+    return sorted(tables[0])
+
+
+def _table(tables: Sequence[Mapping[str, float]], ids: Sequence[str]) -> Any:
+    values = np.array([[table[each] for each in ids] for table in tables], dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("confidence interval: got a loss that is not finite, expected numbers; the run has diverged")
+    return values
+
+
+def _interval(values: Any, resamples: int, seed: int, level: float) -> Interval:
+    """Of the mean of ``values`` (seeds, documents)."""
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"confidence interval: got {resamples} resamples at level {level}, expected ≥ 1 and 0 < level < 1"
+        )
+    seeds, documents = values.shape
+    means = _bootstrap_means(values, resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        estimate=float(values.mean()), low=float(low), high=float(high), level=level, documents=documents, seeds=seeds
+    )
+
+
+def _bootstrap_means(values: Any, resamples: int, generator: Any) -> Any:
+    """(resamples,) means of tables made of resampled rows and resampled columns of ``values`` (seeds, documents)."""
+    seeds, documents = values.shape
+    means = []
+    for start in range(0, resamples, _BATCH):
+        size = min(_BATCH, resamples - start)
+        # How often each document and each seed was drawn, which is all that a mean depends on.
+        columns = generator.multinomial(documents, np.full(documents, 1 / documents), size)
+        rows = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size)
+        means.append(((columns @ values.T) * rows).sum(1) / (seeds * documents))
+    return np.concatenate(means)
