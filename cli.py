@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -205,14 +206,22 @@ def _check_reference(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    """Run records → summary tables."""
+    """Run records → summary in the terminal, and the page that answers the question."""
     parser = argparse.ArgumentParser(prog="cli.py report", description=_report.__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its record.json")
-    parser.add_argument("--output", help="folder for report.md")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, its record.json, or a folder of many runs"
+    )
+    parser.add_argument("--output", help="folder for report.html, report.md, runs.csv, gates.csv and figures/")
     given = parser.parse_args(arguments)
-    from ttt_lit.experiment.report import report
+    from ttt_lit.experiment.report import console, read_records
 
-    report(given.runs, given.output)
+    records = read_records(given.runs)
+    print(console(records))
+    if given.output is not None:
+        from ttt_lit.experiment.page import write_report
+
+        command = shlex.join(["python", "cli.py", "report", *arguments])
+        print(f"\nwritten to {write_report(records, Path(given.output), command=command)}")
     return 0
 
 

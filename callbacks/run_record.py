@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -92,7 +93,7 @@ class RunRecorder(L.Callback):
             reason=reason,
             started=self.started,
             ended=None if status == "running" else _now(),
-            config=module.run_config,
+            config=_spelt(module.run_config),
             start=schema.Start(
                 source=module.start_config.init_from if module.start_config.init == "checkpoint" else None,
                 weights_hash=start.origin.weights_hash,
@@ -164,6 +165,17 @@ class RunRecorder(L.Callback):
                 peak_memory_gib=seen.peak_gib or None,
             )
         return stage
+
+
+def _spelt(config: Any) -> Any:
+    """The configuration with infinite numbers as YAML spells them: JSON has none."""
+    if isinstance(config, dict):
+        return {key: _spelt(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_spelt(value) for value in config]
+    if isinstance(config, float) and math.isinf(config):
+        return ".inf" if config > 0 else "-.inf"
+    return config
 
 
 def _validation(entry: dict[str, Any]) -> schema.Validation:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from ttt_lit.experiment.matrix import argument, expand
 from ttt_lit.experiment.matrix_file import parse_matrix, read_matrix
 
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("q_a", "q_b", "q_base")
 
 
@@ -256,3 +258,10 @@ def test_any_graph_without_a_cycle_is_accepted_in_any_order(configs, order, data
     runs = expand(matrix(*entries), configs=configs)
     assert [run.run_id for run in runs] == [f"m-s{n}" if n else "m" for n in order]
     assert sum(len(run.after) for run in runs) == sum(parent is not None for parent in parents.values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "matrix").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_files_that_ship_expand(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = expand(read_matrix(path))
+    assert len({run.folder for run in runs}) == len(runs) >= 5

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from ttt_lit.experiment.report import console, markdown, report
+import cli
+from ttt_lit.experiment.report import console, read_records, tables
 
 
 def says(record, *parts):
@@ -107,52 +108,54 @@ def test_a_run_without_stages_is_reported(make_record):
     says(record, "status is running: what follows")
 
 
-def test_markdown_and_console_hold_the_same_cells_and_sentences(make_record):
-    records = [make_record(), make_record(run_id="demo-2", after=3.6)]
-    records[1].stages[1].transition.kind = "a | b"
-    text, page = console(records), markdown(records)
-    for line in page.splitlines():
-        if line.startswith("- "):
-            assert line in text
-        elif line.startswith("| ") and not line.startswith("| ---"):
-            cells = [cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")]
-            assert all(cell.replace("\0", "|") in text for cell in cells)
-    widths = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| q_p1_bridge/")}
-    assert widths == {13, 11, 8}
+def test_a_table_has_the_same_cells_as_markdown(make_record):
+    record = make_record()
+    record.stages[1].transition.kind = "a | b"
+    for table in tables([record]):
+        lines = table.markdown().splitlines()[2:]
+        cells = [[cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")] for line in lines]
+        assert [[cell.replace("\0", "|") for cell in row] for row in cells[2:]] == [list(row) for row in table.rows]
 
 
-def test_report_reads_folders_and_files_prints_and_writes(tmp_path, make_record, capsys):
+def test_runs_are_folders_files_and_folders_of_many_runs_and_each_counts_once(tmp_path, make_record):
+    for name in ("b", "a"):
+        make_record(run_id=name).write(tmp_path / "runs" / "experiment" / name / "record.json")
+    make_record(run_id="c").write(tmp_path / "c.json")
+    every, one, file = str(tmp_path / "runs"), str(tmp_path / "runs" / "experiment" / "b"), str(tmp_path / "c.json")
+    assert [record.run_id for record in read_records([every, file])] == ["a", "b", "c"]
+    assert [record.run_id for record in read_records([one, every])] == ["b", "a"]
+
+
+def test_the_command_prints_the_summary_and_writes_nothing_unasked(tmp_path, make_record, capsys):
     make_record().write(tmp_path / "a" / "record.json")
-    make_record(run_id="demo-2").write(tmp_path / "b.json")
-    text = report([str(tmp_path / "a"), str(tmp_path / "b.json")], str(tmp_path / "out"))
-    assert capsys.readouterr().out.strip() == text.strip()
-    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "What q_p1_bridge/demo-1 shows" in page
-    assert "What q_p1_bridge/demo-2 shows" in page
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "What q_p1_bridge/demo-1 shows" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "record.json"]
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_missing_or_broken_record_is_named_in_one_line_and_nothing_is_written(tmp_path, make_record, content):
+def test_a_missing_or_broken_record_is_named_in_one_line_and_nothing_is_written(tmp_path, make_record, content, capsys):
     make_record().write(tmp_path / "good" / "record.json")
     (tmp_path / "bad").mkdir()
     if content is not None:
         (tmp_path / "bad" / "record.json").write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        report([str(tmp_path / "good"), str(tmp_path / "bad")], str(tmp_path / "report.md"))
-    assert str(tmp_path / "bad" / "record.json") in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "report.md").exists()
+    runs = [str(tmp_path / "good"), str(tmp_path / "bad")]
+    assert cli.main(["report", *runs, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "bad") in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_run_is_an_error():
     with pytest.raises(ValueError, match="got no run"):
-        report([])
+        read_records([])
 
 
-def test_a_report_needs_neither_torch_nor_numpy(tmp_path, make_record):
+def test_the_summary_needs_neither_torch_nor_numpy(tmp_path, make_record):
     make_record().write(tmp_path / "record.json")
     code = (
-        "import sys; from ttt_lit.experiment.report import report; report(sys.argv[1:]); "
+        "import sys, cli; assert cli.main(['report', sys.argv[1]]) == 0; "
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)

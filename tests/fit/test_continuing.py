@@ -128,6 +128,13 @@ def test_divergence_stops_the_run_and_says_where(world, tmp_path):
         fit(arguments)
 
 
+def test_a_setting_without_limit_fits_into_the_record(world, tmp_path):
+    parts = run(world, tmp_path, "--model.engine.residual_gib=.inf", steps=4)
+    record = RunRecord.read(parts.run.folder)
+    assert record.status == "finished"
+    assert record.config["model"]["engine"]["residual_gib"] == ".inf"
+
+
 def test_load_all_continues_with_the_optimiser_of_a_finished_stage(bridge, world, tmp_path):
     parts, _, _ = bridge
     start = parts.run.folder / "checkpoints" / "B2"

@@ -184,9 +184,7 @@ def _tokenizer_identity(folder: SourceFolder, plan: Plan) -> tuple[dict[str, Any
     return {"sha256": digest, "files": files, "highest_id": None if highest is None else highest[1]}, notes
 
 
-def _lineage_step(
-    audit: Audit, exceptions: Mapping[str, str], trained_by: Mapping[str, Any] | None
-) -> LineageStep:
+def _lineage_step(audit: Audit, exceptions: Mapping[str, str], trained_by: Mapping[str, Any] | None) -> LineageStep:
     lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in audit.files)
     return LineageStep(
         operation="import",

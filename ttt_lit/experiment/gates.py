@@ -175,8 +175,11 @@ def _baseline_reasons(baseline: Arm | None, resamples: int) -> Iterator[str]:
         yield "there is no baseline; finish one token-matched run of TTT-E2E from scratch"
         return
     yield from flags(baseline, resamples=resamples)
+    seeds: dict[str, list[str]] = {}
     for record in baseline.records:
-        yield from (f"{baseline.name}, seed {record.seed}: {problem}" for problem in _weak_baseline(record))
+        for problem in _weak_baseline(record):
+            seeds.setdefault(problem, []).append(str(record.seed))
+    yield from (f"{baseline.name}, seed {', '.join(each)}: {problem}" for problem, each in seeds.items())
     if not baseline.gpu_hours("marginal"):
         yield f"the GPU-hours of {baseline.name} are not known"
 

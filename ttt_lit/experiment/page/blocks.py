@@ -99,8 +99,8 @@ Block = Heading | Paragraph | Listing | Code | Verdict | Grid | Gallery
 @dataclass(frozen=True, kw_only=True)
 class Page:
     title: str
+    question: str
     blocks: tuple[Block, ...]
-    """The first is the question."""
 
     @property
     def pictures(self) -> list[Picture]:

@@ -7,6 +7,7 @@ import math
 from ttt_lit.experiment.statistics import Interval
 
 NONE = "–"
+GPU_HOURS = "GPU\N{NON-BREAKING HYPHEN}h"
 
 
 def loss(value: float | None) -> str:
@@ -33,14 +34,20 @@ def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
-def billions(value: float | None) -> str:
-    """Tokens or bytes, short: 27.5B, 573K."""
-    if value is None:
-        return NONE
+def billions(value: float) -> str:
+    """Tokens, short: 27.5B, 573K."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes, short: 115.6 GB."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.4g} {name}"
+    return f"{value:,.0f} bytes"
 
 
 def seconds_as_hours(value: float | None) -> str:

@@ -27,17 +27,18 @@ from ttt_lit.experiment.page.style import CSS
 
 _LONG = 28
 """Letters from which a cell of a wide table is given more room."""
+_NUMBER_CLASS = ' class="number"'
+# Phones show a wide table's rows as blocks, which would take the table's meaning from screen readers.
+_ROLE = {name: f' role="{name}"' for name in ("table", "row", "columnheader", "rowheader", "cell")}
 _NUMBER = re.compile(r"[+−–-]?(\d[\d,.]*)?[BMK%]?( \[.*\])?")
 
 
 def html_page(page: Page, drawings: Mapping[str, str]) -> str:
     """The whole file. ``drawings``: the SVG file of every figure, by stem."""
-    question, *rest = page.blocks
-    assert isinstance(question, Paragraph)
     body = [
         f"<h1>{escape(page.title)}</h1>",
-        f'<p class="question">{escape(question.text)}</p>',
-        *_blocks(rest, drawings),
+        f'<p class="question">{escape(page.question)}</p>',
+        *_blocks(page.blocks, drawings),
     ]
     return "\n".join(
         [
@@ -100,26 +101,33 @@ def _verdict(block: Verdict) -> str:
 
 
 def _grid(block: Grid) -> str:
-    numeric = [_holds_numbers(column) for column in zip(*block.rows, strict=True)] if block.rows else []
-    numeric = numeric or [False] * len(block.header)
-    kinds = [' class="number"' if number else "" for number in numeric]
-    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(block.header, kinds, strict=True))
-    rows = "\n".join(_grid_row(row, numeric, block.wide) for row in block.rows)
+    columns = list(zip(*block.rows, strict=True)) or [()] * len(block.header)
+    numeric = [bool(column) and not block.wide and _holds_numbers(column) for column in columns]
+    head = "".join(
+        f'<th scope="col"{_ROLE["columnheader"] if block.wide else ""}{_NUMBER_CLASS if number else ""}>{escape(name)}</th>'
+        for name, number in zip(block.header, numeric, strict=True)
+    )
+    rows = "\n".join(_grid_row(block, row, numeric) for row in block.rows)
     name = escape(block.caption, quote=True)
-    kind = ' class="wide"' if block.wide else ""
+    table, row = (f'<table class="wide"{_ROLE["table"]}>', f"<tr{_ROLE['row']}>") if block.wide else ("<table>", "<tr>")
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table{kind}><caption>{escape(block.caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{table}<caption>{escape(block.caption)}</caption>'
+        f"<thead>{row}{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     )
 
 
-def _grid_row(row: Sequence[Cell], numeric: Sequence[bool], wide: bool) -> str:
+def _grid_row(block: Grid, row: Sequence[Cell], numeric: Sequence[bool]) -> str:
     first, *others = row
-    cells = [f'<th scope="row">{_cell(first)}</th>']
-    for cell, number in zip(others, numeric[1:], strict=True):
-        kind = "number" if number else _width(cell) if wide else ""
-        cells.append(f'<td class="{kind}">{_cell(cell)}</td>' if kind else f"<td>{_cell(cell)}</td>")
-    return f"<tr>{''.join(cells)}</tr>"
+    if not block.wide:
+        kinds = [_NUMBER_CLASS if number else "" for number in numeric[1:]]
+        cells = [f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(others, kinds, strict=True)]
+        return f'<tr><th scope="row">{_cell(first)}</th>{"".join(cells)}</tr>'
+    names = [escape(name, quote=True) for name in block.header[1:]]
+    cells = [
+        f'<td{_ROLE["cell"]} class="{_width(cell)}" data-column="{name}">{_cell(cell)}</td>'
+        for cell, name in zip(others, names, strict=True)
+    ]
+    return f'<tr{_ROLE["row"]}><th scope="row"{_ROLE["rowheader"]}>{_cell(first)}</th>{"".join(cells)}</tr>'
 
 
 def _width(cell: Cell) -> str:

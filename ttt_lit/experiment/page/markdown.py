@@ -28,7 +28,7 @@ _SPECIAL = re.compile(r"([\\`*\[\]|~$])")
 def markdown_page(page: Page, *, figures: str) -> str:
     """The whole file; ``figures``: folder of the PNG files, relative to it."""
     writers: dict[type, Callable[[Any], str]] = {**_WRITERS, Gallery: lambda block: _gallery(block, figures)}
-    blocks = [f"# {plain(page.title)}", *(writers[type(block)](block) for block in page.blocks)]
+    blocks = [f"# {plain(page.title)}", plain(page.question), *(writers[type(block)](block) for block in page.blocks)]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -45,6 +45,14 @@ figure svg { display: block; width: 100%; height: auto; min-width: 33rem; }
 figcaption { font-size: .82rem; color: var(--soft); margin-top: .3rem; }
 .absent { border: 1px dashed var(--line); padding: 1.2rem; color: var(--soft); }
 pre { white-space: pre-wrap; background: var(--shade); padding: .8rem; border-radius: 4px; font-size: .85rem; }
+@media screen and (max-width: 40rem) {
+  table.wide thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+  table.wide, table.wide caption, table.wide tbody, table.wide tr, table.wide tbody th, table.wide td { display: block; }
+  table.wide tr { border-top: 2px solid var(--line); padding: .3rem 0; }
+  table.wide tbody th, table.wide td, table.wide td.long, table.wide td.short { border: 0; max-width: none; min-width: 0;
+    white-space: normal; overflow-wrap: anywhere; padding: .2rem .6rem; }
+  table.wide td::before { content: attr(data-column); display: block; font-size: .78rem; color: var(--soft); }
+}
 @media (max-width: 40rem) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } .question { font-size: 1rem; } }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }

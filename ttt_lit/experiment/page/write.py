@@ -43,6 +43,8 @@ def _draw(picture: Picture, folder: Path) -> str:
     """Write the figure's two files; returns the SVG, empty where there is no figure."""
     if isinstance(picture.figure, str):
         return ""
+    picture.figure.draw_without_rendering()
+    picture.figure.set_layout_engine("none")  # laid out once, not once per file
     svg = svg_text(picture.figure, salt=picture.stem)
     replace_file(folder / FIGURES / f"{picture.stem}.png", png_bytes(picture.figure))
     replace_file(folder / FIGURES / f"{picture.stem}.svg", svg.encode("utf-8"))

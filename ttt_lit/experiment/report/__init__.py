@@ -4,11 +4,4 @@ from ttt_lit.experiment.report.collect import read_records
 from ttt_lit.experiment.report.console import console, tables
 from ttt_lit.experiment.report.table import Table
 
-__all__ = ["Table", "console", "read_records", "report", "tables"]
-
-
-def report(runs: list[str]) -> str:
-    """Print the summary of some runs and return it. ``runs`` and errors as in ``read_records``."""
-    text = console(read_records(runs))
-    print(text)
-    return text
+__all__ = ["Table", "console", "read_records", "tables"]

@@ -127,4 +127,4 @@ def _draw_point(axes: Axes, point: _Point, look: ArmStyle, differences: Mapping[
 def _mark(point: _Point, look: ArmStyle) -> Mark:
     share = point.arm.share
     text = label(point.arm.name) if share is None else f"at {share:g}"
-    return Mark(x=point.hours, y=point.loss, text=text, colour=look.colour)
+    return Mark(x=point.hours, y=point.loss, text=text, colour=look.ink)

@@ -56,7 +56,7 @@ def _draw(family: FamilyStudy, curves: dict[str, Buckets], y_label: str) -> Figu
         x = [(start + 1 + stop) / 2 for start, stop, _ in curve]
         y = [loss for *_, loss in curve]
         axes.plot(x, y, color=look.colour, linestyle=look.dashes, linewidth=1.5, marker=look.marker, markersize=3)
-        marks.append(Mark(x=x[-1], y=y[-1], text=label(name), colour=look.colour))
+        marks.append(Mark(x=x[-1], y=y[-1], text=label(name), colour=look.ink))
     axes.set_ylim(*limits([loss for curve in curves.values() for *_, loss in curve], margin=0.06))
     _position_axis(axes, max(stop for curve in curves.values() for _, stop, _ in curve))
     axis_labels(axes, "token position in the block (log scale)", y_label)

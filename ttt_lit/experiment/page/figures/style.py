@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from ttt_lit.experiment.drawing import BLUE, GREEN, PURPLE, SKY, VERMILION, new_figure, plain_axes
@@ -32,6 +33,7 @@ ROLE_NAMES: dict[Role | None, str] = {
 _OTHER = "#000000"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_INK = 0.62
 _MAX_LABEL = 26
 WIDTH = 6.6
 FONT = 9.5
@@ -42,6 +44,12 @@ class ArmStyle:
     colour: str
     marker: str
     dashes: Any
+
+    @property
+    def ink(self) -> str:
+        """The same colour, dark enough for text on white: at least 4.5 to 1."""
+        red, green, blue = to_rgb(self.colour)
+        return to_hex((_INK * red, _INK * green, _INK * blue))
 
 
 def styles(arms: Sequence[Arm]) -> dict[str, ArmStyle]:

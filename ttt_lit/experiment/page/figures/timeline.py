@@ -16,21 +16,24 @@ _SHADES = {"A": 1.0, "B0": 0.35, "B1": 0.5, "B2": 0.75, "C": 1.0}
 
 def timeline_figure(family: FamilyStudy) -> Figure | str:
     """The first seed of every token-matched arm, parents of known cost in front, hatched."""
-    runs = [arm.records[0] for arm in family.arms if not arm.variant and arm.share is None]
-    runs = [run for run in runs if any(stage.spent.gpu_seconds.get("compute") for stage in run.stages)]
-    if not runs:
+    shown = [arm for arm in family.arms if not arm.variant and arm.share is None and _has_spent(arm.records[0])]
+    if not shown:
         return "no run has spent compute time on a stage"
-    figure, axes = one_axes(1.0 + _ROW * len(runs), grid="x")
-    looks = {arm.records[0].name: look for arm in family.arms for look in (styles(family.arms)[arm.name],)}
-    for row, run in enumerate(runs):
-        _draw_run(axes, row, run, looks[run.name])
-    axes.set_yticks(range(len(runs)), [label(run.experiment) for run in runs], fontsize=FONT - 1)
-    axes.set_ylim(len(runs) - 0.4, -0.6)
+    figure, axes = one_axes(1.0 + _ROW * len(shown), grid="x")
+    looks = styles(family.arms)
+    for row, arm in enumerate(shown):
+        _draw_run(axes, row, arm.records[0], looks[arm.name])
+    axes.set_yticks(range(len(shown)), [label(arm.name) for arm in shown], fontsize=FONT - 1)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
     axis_labels(axes, "compute GPU-hours")
     return figure
+
+
+def _has_spent(run: RunRecord) -> bool:
+    return any(stage.spent.gpu_seconds.get("compute") for stage in run.stages)
 
 
 def _draw_run(axes: Axes, row: int, run: RunRecord, look: ArmStyle) -> None:

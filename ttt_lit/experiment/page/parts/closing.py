@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ttt_lit.experiment.gates import MAX_DELTA, MIN_SAVING, flags
 from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
+from ttt_lit.experiment.page.differences import Differences
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.page.formats import hours, loss
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import Arm, FamilyStudy, Study, gpu_hours
 
 
-def problems(study: Study) -> list[Block]:
-    """Everything that keeps a run or a comparison from being taken at face value."""
+def problems(study: Study, differences: Mapping[str, Mapping[str, Differences]]) -> list[Block]:
+    """Everything that keeps a run or a comparison from being taken at face value; ``differences``: by family and arm."""
     arms = [arm for family in study.families.values() for arm in family.arms]
-    found = [*study.problems, *_missing(study), *(f"{arm.name}: {flag}" for arm in arms for flag in flags(arm))]
+    compared = [each for family in differences.values() for arm in family.values() for each in arm.values() if each]
+    found = [*study.problems, *_missing(study), *(flag for arm in arms for flag in flags(arm))]
+    found = list(dict.fromkeys([*found, *(reason for each in compared for reason in each.reasons)]))
     unfinished = [record for arm in arms for record in arm.records if record.status != "finished"]
     blocks: list[Block] = [Heading(level=2, text="Flags and problems")]
     blocks.append(Listing(items=tuple(found)) if found else Paragraph(text="None."))
@@ -42,14 +45,14 @@ def _missing(study: Study) -> Iterator[str]:
 
 
 def across(study: Study) -> list[Block]:
-    """Bits per byte of every arm: the only unit that two tokenizers share."""
+    """Bits per byte of every arm: the only unit that two tokenizers share. Empty where there is one family."""
+    if len(study.families) < 2:
+        return []
     rows = tuple(
         (arm.name, family.family, ROLE_NAMES.get(arm.role, "none"), loss(arm.bits_per_byte))
         for family in study.families.values()
         for arm in _main_arms(family)
     )
-    if not rows:
-        return []
     return [
         Heading(level=2, text="Across families"),
         Paragraph(
@@ -106,12 +109,12 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
         Paragraph(
             text=f"Accounts. GPU-hours are device-hours of the compute account: training, waiting for data included; validation, "
             f"checkpoints and compilation are booked apart. “Run alone” is what the run itself took, “with parents” adds every run "
-            f"that made its start checkpoint, and is unknown where one of these is. A saving of {MIN_SAVING:.0%} is asked for under "
-            f"each."
+            f"that made its start checkpoint, and is unknown where one of these is. The saving of {MIN_SAVING:.0%} is judged "
+            f"under each."
         ),
         Paragraph(
             text="Intervals. Differences are paired by held-out document and by seed: every document was read by both models, "
-            "and only the difference is averaged. The 95 % interval comes from resampling documents, and seeds where there are "
+            "and only the difference is averaged. The 95% interval comes from resampling documents, and seeds where there are "
             "several; with one seed it says nothing about what another seed would give."
         ),
         Paragraph(

@@ -28,7 +28,7 @@ def arms_table(family: FamilyStudy, differences: Mapping[str, Differences]) -> l
         "Δ baseline", "Δ FA from scratch", "Δ FA imported",
     )  # fmt: skip
     rows = tuple(_arm_row(arm, differences[arm.name]) for arm in arms)
-    caption = f"Arms of {family.family}: final long-context loss in nats per token, Δ with 95 % interval (below zero is better)"
+    caption = f"Arms of {family.family}: final long-context loss in nats per token, Δ with 95% interval (below zero is better)"
     note = f"{NOT_USABLE} may not be used as evidence; the reasons stand under Flags and problems."
     return [Grid(caption=caption, header=header, rows=rows), *([Paragraph(text=note)] if _any_unusable(rows) else [])]
 
@@ -106,7 +106,7 @@ def _frontiers(family: FamilyStudy, differences: Mapping[str, Differences]) -> l
                 stem=stem(family, f"frontier_{account}"),
                 title=f"Final loss against GPU-hours, {ACCOUNT_NAMES[account]}",
                 caption="Lower and further left is better. Ringed and dotted: the Pareto front. Hollow, joined: budgets that are "
-                "a share of the baseline's GPU-hours. Bars: 95 % interval of the difference to the baseline. Pale line: the "
+                "a share of the baseline's GPU-hours. Bars: 95% interval of the difference to the baseline. Pale line: the "
                 "baseline's loss on the fixed held-out subset while it trained. Ablations are left out.",
                 alt=f"Scatter plot of final loss against GPU-hours ({ACCOUNT_NAMES[account]}) of every arm of {family.family}; "
                 "the same numbers stand in the table of arms.",

@@ -8,7 +8,7 @@ from typing import Any
 from ttt_lit.experiment.findings import window_of
 from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Heading
 from ttt_lit.experiment.page.differences import Differences, difference_text
-from ttt_lit.experiment.page.formats import billions, count, hours, loss, seconds_as_hours
+from ttt_lit.experiment.page.formats import GPU_HOURS, billions, count, hours, loss, seconds_as_hours, size
 from ttt_lit.experiment.record import Role, RunRecord, Stage, Validation
 from ttt_lit.experiment.study import Arm, FamilyStudy, gpu_hours
 from ttt_lit.metrics import ACCOUNTS
@@ -17,7 +17,7 @@ HEADER = (
     "run",
     "1 · checkpoint source",
     "2 · attention and TTT policy",
-    "3 · stage budgets",
+    "3 · stage budgets: spent of planned",
     "4 · long-context loss",
     "5 · throughput and time",
     "6 · differences",
@@ -57,7 +57,7 @@ def source(record: RunRecord) -> Iterator[str]:
         yield record.start.source
         yield f"sha256 {digest[:_SHOWN_HASH]}…" if digest else "hash not recorded"
     for parent in record.parents:
-        yield f"parent {parent.name}: {seconds_as_hours(parent.gpu_seconds)} GPU-h"
+        yield f"parent {parent.name}: {seconds_as_hours(parent.gpu_seconds)} {GPU_HOURS}"
 
 
 def policy(record: RunRecord) -> Iterator[str]:
@@ -103,14 +103,14 @@ def budgets(record: RunRecord) -> Iterator[str]:
     for stage in record.stages:
         spent, planned = stage.spent, stage.planned
         steps = count(spent.optimizer_steps)
-        if planned.optimizer_steps not in (None, spent.optimizer_steps):
+        if planned.optimizer_steps is not None:
             steps += f" of {count(planned.optimizer_steps)}"
         time = seconds_as_hours(spent.gpu_seconds.get("compute"))
         if planned.gpu_seconds is not None:
             time += f" of {seconds_as_hours(planned.gpu_seconds)}"
-        yield f"{stage.name}: {steps} steps, {billions(spent.tokens)} tokens, {billions(spent.bytes)} bytes, {time} GPU-h"
+        yield f"{stage.name}: {steps} steps, {billions(spent.tokens)} tokens, {size(spent.bytes)}, {time} {GPU_HOURS}"
     total = record.totals
-    yield f"all: {billions(total.tokens)} tokens, {billions(total.bytes)} bytes, {hours(gpu_hours(record, 'marginal'))} GPU-h"
+    yield f"all: {billions(total.tokens)} tokens, {size(total.bytes)}, {hours(gpu_hours(record, 'marginal'))} {GPU_HOURS}"
 
 
 def losses(record: RunRecord) -> Iterator[str]:
@@ -141,7 +141,7 @@ def times(record: RunRecord) -> Iterator[str]:
         if speed is not None:
             yield f"{stage.name}: {speed.tokens_per_second:,.0f} tokens/s, {speed.seconds_per_1k_tokens:.3g} s per 1K"
     accounts = ", ".join(f"{name} {seconds_as_hours(record.totals.gpu_seconds.get(name))}" for name in ACCOUNTS)
-    yield f"GPU-h: {accounts}"
+    yield f"{GPU_HOURS}: {accounts}"
     yield f"with parents {hours(gpu_hours(record, 'with_parents'))}"
 
 
