@@ -88,4 +88,4 @@ def _save(trainer: L.Trainer, module: TTTModule) -> None:
     if trainer.strategy.broadcast(known):
         return
     owner = next(one for one in trainer.callbacks if type(one).__name__ == "StageCheckpoint")  # type: ignore[attr-defined]
-    owner._save(trainer, module)
+    owner.save(trainer, module)

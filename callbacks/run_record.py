@@ -108,7 +108,7 @@ class RunRecorder(L.Callback):
                 spec=json.loads(start.spec.to_json()),
             ),
             data=_data(module),
-            environment=_environment(trainer, module),
+            environment=_environment(trainer),
             git=_git(),
             start_validation=_validation(begun) if (begun := module.history.start_validation) is not None else None,
             stages=[self._stage(module, plan) for plan in module.plans],
@@ -194,7 +194,7 @@ def _data(module: TTTModule) -> schema.Data:
 
 
 def _transition(proof: dict[str, Any], plan: StagePlan) -> schema.Transition:
-    attention = "dense attention" if plan.window is None else f"window {plan.window}"
+    attention = "attention as imported" if plan.window is None else f"window {plan.window}"
     return schema.Transition(
         kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
         preserves=proof["preserves"],
@@ -214,9 +214,11 @@ def _spent(spent: Any) -> schema.Spent:
     )
 
 
-def _environment(trainer: L.Trainer, module: TTTModule) -> schema.Environment:
+def _environment(trainer: L.Trainer) -> schema.Environment:
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
-    device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else platform.machine() + " cpu"
+    # The strategy's: at the end of a run Lightning has moved the module to the CPU.
+    root = trainer.strategy.root_device
+    device = torch.cuda.get_device_name(root) if root.type == "cuda" else platform.machine() + " cpu"
     return schema.Environment(
         versions=versions, device=device, num_devices=trainer.world_size, kernels=sorted(kernels_that_ran)
     )

@@ -47,14 +47,15 @@ class StageCheckpoint(L.Callback):
         if trainer.is_last_batch or not module.at_boundary or module.is_spent(module.plan):
             return
         if trainer.strategy.broadcast(time.monotonic() - self._last >= self.every_seconds):
-            self._save(trainer, module)
+            self.save(trainer, module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         with module.ledger.account("checkpoint"):
             self._export(trainer, module)
-        self._save(trainer, module)
+        self.save(trainer, module)
 
-    def _save(self, trainer: L.Trainer, module: TTTModule) -> None:
+    def save(self, trainer: L.Trainer, module: TTTModule) -> None:
+        """Write what the run needs to go on, at an optimiser boundary (a collective call)."""
         folder = checkpoints_folder(trainer.default_root_dir)
         path = folder / f"resume-{trainer.global_step}.ckpt"
         with module.ledger.account("checkpoint"):

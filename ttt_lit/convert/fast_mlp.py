@@ -40,7 +40,7 @@ def ttt_layers(spec: ModelSpec, policy: LayerPolicy | list[int]) -> tuple[int, .
     """The layer indices that a policy means for this model, as the checkpoint describes it; ValueError where it means none."""
     if policy == "last_quarter":
         return last_quarter(spec.num_layers)
-    if policy in ("global", "global_suffix"):
+    if policy == "global" or policy == "global_suffix":  # noqa: PLR1714 (one by one, for the type)
         return _global_layers(spec, policy)
     chosen = tuple(sorted(set(policy)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= spec.num_layers:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ttt_lit.experiment.formats import nats
 from ttt_lit.experiment.record import EvaluationPoint, Role, RunRecord, Validation
 from ttt_lit.experiment.statistics import RESAMPLES, Interval, paired_difference
 from ttt_lit.experiment.study import Account, Arm, FamilyStudy, gpu_hours, unequal
@@ -28,6 +29,10 @@ class Comparison:
     """Why the difference may not be used, even where it could be computed; empty: it may."""
 
 
+Differences = dict[Role, Comparison | None]
+"""Role of the reference → the comparison; None: no such reference, or it is the arm itself."""
+
+
 def compare(candidate: Arm, reference: Arm, *, resamples: int = RESAMPLES) -> Comparison:
     """Compare two arms of one family, however broken they are."""
     reasons = [*flags(candidate, resamples=resamples), *flags(reference, resamples=resamples)]
@@ -47,7 +52,7 @@ def compare(candidate: Arm, reference: Arm, *, resamples: int = RESAMPLES) -> Co
     )
 
 
-def compare_all(family: FamilyStudy, arm: Arm, *, resamples: int = RESAMPLES) -> dict[Role, Comparison | None]:
+def compare_all(family: FamilyStudy, arm: Arm, *, resamples: int = RESAMPLES) -> Differences:
     """An arm against the family's three references: the baseline and both full-attention controls. None: there is none, or it is the arm.
 
     Against ``fa_import`` the difference is what the conversion costs a pretrained model, against ``fa_scratch`` what the pretrained
@@ -76,10 +81,10 @@ def flags(arm: Arm, *, resamples: int = RESAMPLES) -> list[str]:
 
 def _unusable(record: RunRecord) -> Iterator[str]:
     if record.status != "finished":
-        yield f"the run is {record.status}" + (f" ({record.reason})" if record.reason else "")
+        yield f"the run did not finish: {record.status}" + (f" ({record.reason})" if record.reason else "")
     final = record.final()
     if final is None:
-        yield f"the headline loss (inner loop {record.headline}) was not measured at the end of the last stage"
+        yield f"the loss that it is judged by (inner loop {record.headline}) was not measured at the end of the last stage"
     elif not final.documents:
         yield "no document was measured at the end of the last stage"
     elif not all(math.isfinite(document.nats_per_token) for document in final.documents):
@@ -101,7 +106,7 @@ def _worse_than_start(arm: Arm, resamples: int) -> Iterator[str]:
         yield "whether it is worse than the checkpoint that it started from cannot be told: the two were not measured on the same documents"
     elif interval.estimate > MAX_DELTA and interval.low > 0:
         yield (
-            f"worse than the checkpoint that it started from, by {format_interval(interval)} on the short context; "
+            f"worse than the checkpoint that it started from, by {nats(interval)} on the short context; "
             "lower its learning rate and run it again"
         )
 
@@ -119,9 +124,10 @@ def _paired(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]
     return paired_difference(ours, theirs, resamples=resamples)
 
 
-def format_interval(interval: Interval) -> str:
-    """``+0.0040 [-0.0021, +0.0101] nats per token``."""
-    return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token"
+def hours_ratio(arm: Arm, baseline: Arm, account: Account) -> float | None:
+    """GPU-hours of an arm over those of the baseline; None: not known, or none were spent."""
+    hours, of = arm.gpu_hours(account), baseline.gpu_hours(account)
+    return None if hours is None or of is None or of <= 0 or hours <= 0 else hours / of
 
 
 def target_loss(baseline: Arm) -> float | None:

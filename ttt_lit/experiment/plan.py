@@ -80,7 +80,7 @@ def plan(arguments: list[str], options: PlanOptions) -> str:
     device = device_named(name, peak_tflops=options.peak_tflops, memory_gib=options.memory_gib)
     devices = options.devices or run.devices
     setting = Setting(devices=devices, on_cpu=device.is_cpu, half=number_bytes(run.precision) == 2)
-    stages = [_stage(run, stage, device, setting, options.utilisation) for stage in run.plans(devices)]
+    stages = [planned_stage(run, stage, device, setting, options.utilisation) for stage in run.plans(devices)]
     notes = list(_notes(run, stages, device, setting, options.utilisation))
     tables = [_work(stages), _flops(stages), _memory(stages, device)]
     title = f"{run.name} on {devices} × {device.name}"
@@ -93,7 +93,10 @@ def plan(arguments: list[str], options: PlanOptions) -> str:
     return text
 
 
-def _stage(run: PlannedRun, stage: StagePlan, device: Device, setting: Setting, utilisation: float) -> PlannedStage:
+def planned_stage(
+    run: PlannedRun, stage: StagePlan, device: Device, setting: Setting, utilisation: float
+) -> PlannedStage:
+    """One stage's work, expected time and memory on a device."""
     spec, engine = stage.network(run.spec), run.module.engine
     flops = stage_flops(spec, stage, engine, precision=run.precision)
     ceiling = None if device.peak_tflops is None else device.peak_tflops * 1e12 / flops.total

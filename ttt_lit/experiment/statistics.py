@@ -3,6 +3,8 @@
 Two runs that read the same documents are compared document by document: how hard a document is affects both and cancels. Documents
 are then resampled with replacement, and with several seeds the seeds too, each independently of the other (Owen, 2007, "The pigeonhole
 bootstrap").
+
+numpy is loaded by the first interval, not by the import: the summary of a few runs in the terminal needs none.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -98,6 +101,8 @@ def level_change(series: Sequence[float], *, resamples: int = RESAMPLES, seed: i
     Raises:
         ValueError: fewer than four values, or a value that is not finite.
     """
+    import numpy as np
+
     values = np.array(series, dtype=np.float64)
     if len(values) < 4 or not np.isfinite(values).all():
         raise ValueError(f"level_change: got {len(values)} values, expected at least 4, all finite")
@@ -108,8 +113,10 @@ def level_change(series: Sequence[float], *, resamples: int = RESAMPLES, seed: i
     return Change(estimate=float(second.mean() - first.mean()), low=float(low), high=float(high), level=level)
 
 
-def _block_means(values: Any, resamples: int, generator: Any) -> Any:
+def _block_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
     """(resamples,) means of ``values`` (n,) rebuilt from random blocks; blocks wrap around the end, so every value is equally likely."""
+    import numpy as np
+
     count = len(values)
     block = max(1, round(count ** (1 / 3)))
     sums = np.concatenate([values, values[: block - 1]]).cumsum()
@@ -137,15 +144,19 @@ def _common_ids(tables: Sequence[Mapping[str, float]]) -> list[str]:
     return sorted(tables[0])
 
 
-def _table(tables: Sequence[Mapping[str, float]], ids: Sequence[str]) -> Any:
+def _table(tables: Sequence[Mapping[str, float]], ids: Sequence[str]) -> np.ndarray:
+    import numpy as np
+
     values = np.array([[table[each] for each in ids] for table in tables], dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError("confidence interval: got a loss that is not finite, expected numbers; the run has diverged")
     return values
 
 
-def _interval(values: Any, resamples: int, seed: int, level: float) -> Interval:
+def _interval(values: np.ndarray, resamples: int, seed: int, level: float) -> Interval:
     """Of the mean of ``values`` (seeds, documents)."""
+    import numpy as np
+
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(
             f"confidence interval: got {resamples} resamples at level {level}, expected ≥ 1 and 0 < level < 1"
@@ -158,8 +169,10 @@ def _interval(values: Any, resamples: int, seed: int, level: float) -> Interval:
     )
 
 
-def _bootstrap_means(values: Any, resamples: int, generator: Any) -> Any:
+def _bootstrap_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
     """(resamples,) means of tables made of resampled rows and resampled columns of ``values`` (seeds, documents)."""
+    import numpy as np
+
     seeds, documents = values.shape
     means = []
     for start in range(0, resamples, _BATCH):

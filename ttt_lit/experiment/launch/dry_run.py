@@ -12,7 +12,7 @@ from ttt_lit.experiment.launch.command import LaunchOptions, planned_runs
 from ttt_lit.experiment.launch.folder import matched_budget, recorded
 from ttt_lit.experiment.launch.slurm import cluster_arguments
 from ttt_lit.experiment.matrix import PlannedRun
-from ttt_lit.experiment.plan import PlannedStage, PlanOptions, _stage
+from ttt_lit.experiment.plan import PlannedStage, PlanOptions, planned_stage
 from ttt_lit.experiment.plan_config import read_run
 from ttt_lit.experiment.plan_memory import Setting
 from ttt_lit.train.stage_flops import number_bytes
@@ -103,7 +103,7 @@ def _planned_stages(arguments: list[str], planning: PlanOptions) -> list[Planned
     device = device_named(name, peak_tflops=planning.peak_tflops, memory_gib=planning.memory_gib)
     devices = planning.devices or run.devices
     setting = Setting(devices=devices, on_cpu=device.is_cpu, half=number_bytes(run.precision) == 2)
-    return [_stage(run, stage, device, setting, planning.utilisation) for stage in run.plans(devices)]
+    return [planned_stage(run, stage, device, setting, planning.utilisation) for stage in run.plans(devices)]
 
 
 def _missing(error: FileNotFoundError) -> str:
@@ -126,7 +126,7 @@ def _budget(run: PlannedRun) -> str:
 def _describe(cost: Cost) -> str:
     if cost.unknown:
         return f"unknown: {cost.unknown}"
-    hours = "GPU-hours not known" if cost.gpu_hours is None else f"{cost.gpu_hours:,.3g} GPU-hours"
+    hours = "GPU-hours not known" if cost.gpu_hours is None else f"{_hours(cost.gpu_hours)} GPU-hours"
     memory = (
         f"{cost.memory_bytes / 2**30:,.3g} GiB"
         if cost.memory_bytes >= 2**30
@@ -139,4 +139,8 @@ def _total(hours: Sequence[float | None]) -> str:
     known = [one for one in hours if one is not None]
     missing = len(hours) - len(known)
     note = f"; {missing} not known and not in the sum (a CPU needs --peak-tflops)" if missing else ""
-    return f"{len(hours)} runs: {sum(known):,.4g} GPU-hours{note}"
+    return f"{len(hours)} runs: {_hours(sum(known))} GPU-hours{note}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

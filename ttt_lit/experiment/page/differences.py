@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ttt_lit.experiment.comparison import Comparison, compare_all
-from ttt_lit.experiment.page.formats import NONE, interval
+from ttt_lit.experiment.formats import NONE, interval
 from ttt_lit.experiment.record import Role
 from ttt_lit.experiment.study import FamilyStudy
 

@@ -8,7 +8,7 @@ from ttt_lit.experiment.gates import MAX_DELTA, MIN_SAVING, flags
 from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
 from ttt_lit.experiment.page.differences import Differences
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
-from ttt_lit.experiment.page.formats import hours, loss
+from ttt_lit.experiment.formats import hours, loss
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import Arm, FamilyStudy, Study, gpu_hours
 

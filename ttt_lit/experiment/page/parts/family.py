@@ -14,7 +14,7 @@ from ttt_lit.experiment.page.figures.positions import position_differences_figur
 from ttt_lit.experiment.page.figures.series import Against, series_figure
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.page.figures.timeline import timeline_figure
-from ttt_lit.experiment.page.formats import billions, count, hours, loss
+from ttt_lit.experiment.formats import billions, count, hours, loss
 from ttt_lit.experiment.study import ACCOUNTS, Arm, FamilyStudy
 
 _AGAINST: dict[Against, str] = {"tokens": "tokens", "gpu_hours": "GPU-hours"}

@@ -1,10 +1,10 @@
-"""Numbers as the page writes them; a dash where there is none."""
+"""Numbers as readers see them, on the page and in the terminal; a dash where there is none."""
 
 from __future__ import annotations
 
 import math
 
-from ttt_lit.experiment.statistics import Interval
+from ttt_lit.experiment.statistics import Change, Interval
 
 NONE = "–"
 GPU_HOURS = "GPU\N{NON-BREAKING HYPHEN}h"
@@ -19,9 +19,14 @@ def change(value: float | None) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:+.4f}".replace("-", "−")
 
 
-def interval(value: Interval) -> tuple[str, str]:
+def interval(value: Interval | Change) -> tuple[str, str]:
     """Estimate, and the interval in brackets."""
     return change(value.estimate), f"[{change(value.low)}, {change(value.high)}]"
+
+
+def nats(value: Interval | Change) -> str:
+    """``+0.0040 [−0.0021, +0.0101] nats per token``."""
+    return f"{' '.join(interval(value))} nats per token"
 
 
 def hours(value: float | None) -> str:
