@@ -68,11 +68,11 @@ $(DEMO)/checkpoint/checkpoint.json: | $(DEMO)/external/config.json
 
 matrix-demo: $(INSTALLED) $(DEMO)/checkpoint/checkpoint.json $(DEMO)/data/long/manifest.json $(GEMMA)/checkpoint/checkpoint.json
 	@$(CLI) matrix --config configs/matrix/demo.yaml
-	@$(CLI) report runs --output $(REPORT)
+	@$(CLI) report runs/*/demo --output $(REPORT)
 
 matrix-wallclock: matrix-demo
 	@$(CLI) matrix --config configs/matrix/demo_wallclock.yaml
-	@$(CLI) report runs --output $(REPORT)
+	@$(CLI) report runs/*/demo runs/*/demo-t* --output $(REPORT)
 
 # Gemma's external model comes about like Qwen's, in tokens of its own kind.
 $(GEMMA)/data/short/manifest.json: | $(INSTALLED)
@@ -112,4 +112,4 @@ format: $(INSTALLED)
 
 clean-demo:
 	@echo "Removing what make demo and make matrix-demo made"
-	@rm -rf $(DEMO) $(GEMMA) $(REPORT) runs/*/demo runs/*/demo-*
+	@rm -rf $(DEMO) $(GEMMA) $(REPORT) runs/*/demo runs/*/demo-t*

@@ -64,7 +64,7 @@ def _import(arguments: list[str]) -> int:
     if given.trained_by is not None:
         from ttt_lit.experiment.record import RunRecord
 
-        trained_by = RunRecord.read(Path(given.trained_by)).cost()
+        trained_by = RunRecord.read(Path(given.trained_by)).trained_by()
     import_checkpoint(given.source, given.output, allow=given.allow, parity=given.parity, trained_by=trained_by)
     print(f"written to {given.output}")
     return 0

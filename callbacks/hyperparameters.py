@@ -32,7 +32,7 @@ def _settings(module: TTTModule) -> dict[str, str | float | int]:
         "experiment": run.experiment,
         "role": run.role or "",
         "variant": run.variant,
-        "share": run.share or 1.0,
+        "budget": "tokens" if run.share is None else f"{run.share:g} of the baseline's GPU-hours",
         "seed": module.start_config.seed,
         "family": start.origin.family,
         "init": module.start_config.init,

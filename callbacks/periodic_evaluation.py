@@ -39,7 +39,7 @@ class PeriodicEvaluation(L.Callback):
         request = module.validation_request(module.validation.subset)
         for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
             with trainer.precision_plugin.val_step_context():
-                module.measure(batch["tokens"].to(module.device), evaluation)
+                module.measure(batch, evaluation)
         losses = {inner: result.nats_per_token for inner, result in evaluation.compute().items()}
         total = module.ledger.total()
         module.history.evaluations.append(

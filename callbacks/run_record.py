@@ -126,6 +126,7 @@ class RunRecorder(L.Callback):
             mode=plan.config.mode,
             context=plan.context,
             windows=[layer.window for layer in module.stage_spec(plan).layers],
+            sink_tokens=plan.config.sink_tokens,
             planned=schema.Planned(
                 optimizer_steps=plan.budget.steps, tokens=plan.tokens, gpu_seconds=plan.budget.seconds
             ),

@@ -8,9 +8,8 @@ import lightning as L
 import torch
 
 from ttt_lit.model.spec import Mode
-from ttt_lit.train.evaluation import target_bytes, validation_entry
+from ttt_lit.train.evaluation import validation_entry
 from ttt_lit.train.module import TTTModule
-from ttt_lit.train.position import block_ids
 
 
 class StartValidation(L.Callback):
@@ -28,11 +27,10 @@ class StartValidation(L.Callback):
         # Prime MLPs that came with the checkpoint belong to it; those that this run adds do not.
         mode: Mode = "static" if module.has_inner_loop and not module.start.added else "none"
         evaluation = module.new_evaluation().to(module.device)
-        table = module.datamodule.token_bytes("long")
         request = module.validation_request()
         for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
             tokens = batch["tokens"].to(module.device)
             with trainer.precision_plugin.val_step_context():
                 nll = module.read(tokens, mode=mode, inner_lr=0.0).token_nll
-            evaluation.update({"off": nll}, target_bytes(tokens, table), block_ids(tokens))
+            module.add_losses(evaluation, {"off": nll}, batch)
         return validation_entry("off", evaluation.metrics["off"].compute())  # type: ignore[operator]

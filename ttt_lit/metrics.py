@@ -103,6 +103,10 @@ def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
             "inner loop on": ["Multiline", ["position/on/.*"]],
             "inner loop off": ["Multiline", ["position/off/.*"]],
         },
+        "training": {
+            "nats per token against tokens": ["Multiline", ["^" + on_tokens_axis(TRAIN_LOSS)]],
+            "nats per token against thousandths of a GPU-hour": ["Multiline", ["^" + on_gpu_hours_axis(TRAIN_LOSS)]],
+        },
         "validation": {
             "nats per token": ["Multiline", ["^" + val_loss("on"), "^" + val_loss("off")]],
             "bits per byte": ["Multiline", ["^" + val_bits_per_byte("on"), "^" + val_bits_per_byte("off")]],

@@ -44,7 +44,7 @@ def validation(inner, losses, mean=None):
         bytes=12_000,
         buckets=buckets,
         documents=[
-            Document(id=f"{i:012x}", bytes=3_000, nats_per_token=mean, short=losses[3], deciles=[mean] * 10)
+            Document(id=f"{i:012x}", source=i, bytes=3_000, nats_per_token=mean, short=losses[3], deciles=[mean] * 10)
             for i in range(4)
         ],
         curve=f"curves/{inner}.npy",

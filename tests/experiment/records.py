@@ -26,12 +26,13 @@ def validation(losses, *, context=CONTEXT, deciles=FALLING, short=None, inner="o
     documents = [
         Document(
             id=each,
+            source=number,
             bytes=4 * context,
             nats_per_token=loss,
             short=loss if short is None else short[each],
             deciles=list(deciles[each] if isinstance(deciles, dict) else deciles),
         )
-        for each, loss in sorted(losses.items())
+        for number, (each, loss) in enumerate(sorted(losses.items()))
     ]
     mean = sum(losses.values()) / max(1, len(losses))
     return Validation(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from records import CONTEXT, STEP_TOKENS, run, validation
 
-from ttt_lit.experiment.gates import primary_gate
+from ttt_lit.experiment.gates import judge_candidates, primary_gate
 from ttt_lit.experiment.record import Environment, Parent, Start
 from ttt_lit.experiment.study import read_study
 
@@ -21,7 +21,7 @@ SENTENCES = {
     "no runs": "no wall-clock-matched runs",
     "missing share": "no run at .* of the baseline's GPU-hours",
     "single seed": "a single seed",
-    "unfinished": "the run is (diverged|interrupted)",
+    "unfinished": "the run did not finish: (diverged|interrupted)",
     "nan": "a document's loss is not finite",
     "seed alone": "without a partner of the same seed",
     "twice": "2 runs of seed",
@@ -310,7 +310,7 @@ HOLDS_FROM_HALF = {0.35: 0.05, 0.5: 0.0, 0.7: -0.01, 1.0: -0.02}
 def test_the_smallest_share_that_holds_is_the_reduction():
     gate = gate_of(HOLDS_FROM_HALF)
     assert (gate.outcome, gate.reduction, gate.decided_by) == ("pass", pytest.approx(0.5), "q_p1_bridge at 0.5")
-    assert dict(gate.numbers)["reduction"] == "0.500 of the baseline's GPU-hours"
+    assert dict(gate.numbers)["saving"] == "0.500 of the baseline's GPU-hours"
 
 
 def test_measured_hours_count_not_planned_ones():
@@ -398,3 +398,21 @@ def test_unknown_hours_are_named():
 def test_a_candidate_that_is_not_there_has_no_evidence():
     gate = primary_gate(study_of(HOLDS_FROM_HALF), "q_p2_direct", "", "marginal", resamples=100)
     assert (gate.outcome, reason_kinds(gate.reasons)) == ("insufficient", {"no runs"})
+
+
+def test_the_same_number_of_tokens_is_a_number_of_the_gate_and_decides_nothing():
+    family = study_of(HOLDS_FROM_HALF | {None: 0.05}, measured={None: 2.5})
+    gate = primary_gate(family, "q_p1_bridge", "", "marginal", resamples=100)
+    assert (gate.outcome, gate.reduction) == ("pass", pytest.approx(0.5))
+    text = dict(gate.numbers)["q_p1_bridge − baseline, same number of tokens"]
+    assert text == "+0.0500 [+0.0500, +0.0500] nats per token (2.500 of its GPU-hours, 2 seeds)"
+
+
+def test_secondary_gates_are_about_the_arm_that_decided_else_about_the_token_matched_one():
+    (decided,) = judge_candidates(study_of(HOLDS_FROM_HALF | {None: 0.0}, measured={None: 1}), resamples=100)
+    assert {gate.subject for gate in decided.secondary} == {"q_p1_bridge at 0.5"}
+    (undecided,) = judge_candidates(study_of({1.0: 0.05, None: 0.0}, measured={None: 1}), resamples=100)
+    assert {gate.subject for gate in undecided.secondary} == {"q_p1_bridge"}
+    (neither,) = judge_candidates(study_of({1.0: 0.05}), resamples=100)
+    assert neither.secondary == ()
+    assert neither.gates == (neither.marginal, neither.with_parents)

@@ -3,7 +3,8 @@
 import pytest
 from records import FALLING, run, stage, validation
 
-from ttt_lit.experiment.recommendation import recommend_scaling
+from ttt_lit.experiment.gates import judge_candidates
+from ttt_lit.experiment.recommendation import MAX_FAILURE, recommend_scaling
 from ttt_lit.experiment.record import Model, Parent
 from ttt_lit.experiment.study import read_study
 
@@ -33,7 +34,7 @@ def candidate(deltas, *, experiment="q_p1_bridge", seeds=(0, 1), deciles=FALLING
 
 def recommended(*records):
     (family,) = read_study(records).families.values()
-    return recommend_scaling(family, resamples=100)
+    return recommend_scaling(family, judge_candidates(family, resamples=100))
 
 
 def test_a_saving_with_sound_secondary_gates_says_scale_up():
@@ -104,6 +105,20 @@ def test_a_saving_that_is_not_sound_says_not_yet(fields, words):
     assert "q_p1_bridge at 0.5" in found.would_change
 
 
+def test_the_words_of_a_failed_run_are_cut_and_a_short_reason_is_not():
+    long = "invalid shape dimension " + "9" * 200
+    found = recommended(
+        *[run("q_ttt_scratch", "ttt_scratch", losses(3.0), status="failed", reason=long)], *candidate(PASSES)
+    )
+    assert found.would_change.count("9") < MAX_FAILURE
+    assert f"({long[: MAX_FAILURE - 1]}…)" in found.would_change
+    short = "x" * MAX_FAILURE
+    found = recommended(
+        *[run("q_ttt_scratch", "ttt_scratch", losses(3.0), status="failed", reason=short)], *candidate(PASSES)
+    )
+    assert f"({short})" in found.would_change
+
+
 def test_a_family_without_conversions_says_not_yet():
     found = recommended(*baseline())
     assert found.verdict == "not yet"
@@ -115,5 +130,8 @@ def test_each_family_has_its_own_verdict():
     families = read_study(
         [*baseline(), *candidate(PASSES), *candidate(PASSES, experiment="g_p1", model=gemma)]
     ).families
-    verdicts = {name: recommend_scaling(family, resamples=50).verdict for name, family in families.items()}
+    verdicts = {
+        name: recommend_scaling(family, judge_candidates(family, resamples=50)).verdict
+        for name, family in families.items()
+    }
     assert verdicts == {"gemma3": "not yet", "qwen2": "scale up"}

@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from records import run
 
 import cli
 from ttt_lit.experiment.report import console, read_records, tables
+
+IDS = [f"{index:03}" for index in range(24)]
 
 
 def says(record, *parts):
@@ -106,6 +109,38 @@ def test_a_run_without_stages_is_reported(make_record):
     record = make_record()
     record.status, record.stages = "running", []
     says(record, "status is running: what follows")
+
+
+def test_more_than_three_runs_are_decided_together_in_short():
+    bridge, *others = (
+        run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 2.9), hours=250.0),
+        run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0)),
+        run("q_fa_import", "fa_import", dict.fromkeys(IDS, 2.8)),
+        run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 3.02), share=0.5, hours=52.0, run_id="half"),
+    )
+    text = console([bridge, *others])
+    assert "What q_p1_bridge" not in text
+    assert "The run finished" not in text
+    for part in (
+        "Stages (losses in nats per token)",
+        "qwen2: not yet",
+        "q_p1_bridge: measured, not proved",
+        "2.9000 nats per token after 125.8M tokens, against 3.0000 of the baseline (q_ttt_scratch)",
+        "−0.1000 [−0.1000, −0.1000] over 24 documents, 1 seed. GPU-hours as a multiple of the baseline's: 2.50 run alone",
+        "imported, q_fa_import: +0.1000 [+0.1000, +0.1000] over 24 documents, 1 seed, flagged; from scratch, no run.",
+        "What would change it: First of all this has to change: no run at 0.35",
+    ):
+        assert part in text, part
+    (half,) = (line for line in text.splitlines() if line.startswith("q_p1_bridge at 0.5"))
+    assert half.split()[3:7] == ["0.520", "0.520", "3.0200", "+0.0200"]
+    assert "What q_p1_bridge/s0 shows" in console([bridge, *others[:2]])
+
+
+def test_many_runs_without_a_role_decide_nothing(make_record):
+    records = [make_record(run_id=str(number)) for number in range(4)]
+    for record in records:
+        record.role = None
+    assert "nothing is decided" in console(records)
 
 
 def test_a_table_has_the_same_cells_as_markdown(make_record):

@@ -12,10 +12,12 @@ import pytest
 from records import CONTEXT, point, run, validation
 
 import cli
+from ttt_lit.experiment.comparison import compare_all
+from ttt_lit.experiment.formats import interval_text
+from ttt_lit.experiment.gates import judge_candidates
 from ttt_lit.experiment.page import write_report
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.html import html_page
-from ttt_lit.experiment.page.parts.verdicts import gates_of
 from ttt_lit.experiment.page.sheets import runs_csv
 from ttt_lit.experiment.record import Bucket, Model, Parent, Start, Throughput, Transition
 from ttt_lit.experiment.study import read_study
@@ -110,7 +112,7 @@ class Reader(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.ids, self.references, self.text = [], [], [], [], []
-        self.rows, self.headings = [], []
+        self.rows, self.headings, self.items = [], [], []
         self.feed(text)
         assert self.open == []
 
@@ -119,6 +121,8 @@ class Reader(html.parser.HTMLParser):
         self.tags.append((tag, values))
         self.ids += [values["id"]] if "id" in values else []
         self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        if tag == "li":
+            self.items.append("")
         if tag == "tr":
             self.rows.append("")
         if tag not in ("meta",):
@@ -133,6 +137,8 @@ class Reader(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+        if "li" in self.open:
+            self.items[-1] += data
         if "tr" in self.open:
             self.rows[-1] += f"{data} "
         if self.open and self.open[-1] in ("h1", "h2", "h3"):
@@ -185,8 +191,41 @@ def test_every_arm_and_every_gate_has_a_row(records, read):
             decided = [
                 row for row in read.rows if row.startswith(gate.subject) and gate.name in row and gate.outcome in row
             ]
-            assert any(all(reason in row for reason in gate.reasons) for row in decided), gate
-            assert any(all(value in row for _, value in gate.numbers) for row in decided), gate
+            said = [" ".join([row, *read.items]) for row in decided]
+            assert any(all(reason in text for reason in gate.brief or gate.reasons) for text in said), gate
+            assert any(all(value in text for _, value in gate.numbers) for text in said), gate
+
+
+def gates_of(family):
+    return [gate for each in judge_candidates(family) for gate in each.gates]
+
+
+def test_what_two_candidates_share_is_said_once_and_the_csv_has_it_all(records, read, folder):
+    family = read_study(records).families["qwen2"]
+    bridge, direct, _ = (each.marginal for each in sorted(judge_candidates(family), key=lambda e: (e.variant, e.name)))
+    shared = [reason for reason in bridge.reasons if reason in direct.reasons]
+    rows = rows_of(folder / "gates.csv")
+    assert shared
+    for reason in shared:
+        assert [reason in item for item in read.items].count(True) >= 1
+        assert not any(reason in row for row in read.rows)
+        assert sum(reason in row["reasons"] for row in rows if row["gate"] == "wall-clock saving") == 6
+
+
+def test_the_card_says_what_was_measured_before_what_follows(records, read, page):
+    family = read_study(records).families["qwen2"]
+    bridge = family.matched("q_p1_bridge", "")
+    found = compare_all(family, bridge)
+    card = page[page.index("<h2>qwen2: ") : page.index(">What would change it<", page.index("<h2>qwen2: "))]
+    for role in ("ttt_scratch", "fa_import", "fa_scratch"):
+        assert interval_text(found[role].interval) in card, role
+    assert f"{bridge.loss:.4f} nats per token" in card
+    assert f"against {family.baseline.loss:.4f} of the baseline (q_ttt_scratch)" in card
+    assert "multiple of the baseline&#x27;s: 0.600 run alone, 0.600 with parents" in card
+    assert "q_p1_bridge: measured, not proved" in card
+    for share in (0.35, 0.5, 0.7, 1.0):
+        assert f"q_p1_bridge at {share:g}" in card
+    assert card.index("measured, not proved") < card.index(">Why<")
 
 
 def test_the_answer_comes_first_and_the_page_can_be_navigated(read):
@@ -243,9 +282,9 @@ def test_csv_has_a_row_per_run_and_stage_and_one_per_gate(records, folder):
     assert float(mine["loss_inner_on"]) == next(r for r in records if r.name == mine["run"]).final().nats_per_token
     assert (mine["seed"], mine["stage"], mine["transition_held"], mine["share"]) == ("1", "C", "true", "")
     gates = [gate for family in read_study(records).families.values() for gate in gates_of(family)]
-    assert [
-        (row["candidate"], row["gate"], row["account"], row["outcome"]) for row in rows_of(folder / "gates.csv")
-    ] == [(gate.subject, gate.name, gate.account or "", gate.outcome) for gate in gates]
+    assert [(row["judged"], row["gate"], row["account"], row["outcome"]) for row in rows_of(folder / "gates.csv")] == [
+        (gate.subject, gate.name, gate.account or "", gate.outcome) for gate in gates
+    ]
 
 
 def test_no_text_of_a_csv_is_a_formula_and_negative_numbers_stay_numbers():
@@ -293,12 +332,31 @@ def without_stages():
         ([unfinished()], "no arm has both a final loss and known GPU-hours"),
         ([without_stages()], "no run has spent compute time on a stage"),
         ([qwen()[-1]], "no arm has both a final loss and known GPU-hours"),
+        ([arm("q_p1_bridge", "bridge", 2.6, hours=1)], "there is no baseline to compare with"),
+        ([arm("q_p1_bridge", "bridge", 2.6, hours=1, share=0.5)], "no run at the baseline's number of tokens"),
+        ([arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1)], "no gate applies"),
+        (
+            [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), unfinished()],
+            "No loss was measured, the run did not finish",
+        ),
     ],
-    ids=["nothing", "only external", "unfinished", "no stage", "diverged"],
+    ids=[
+        "nothing",
+        "only external",
+        "unfinished",
+        "no stage",
+        "diverged",
+        "no baseline",
+        "only a budget",
+        "no candidate",
+        "failed",
+    ],
 )
 def test_missing_data_is_said_in_place_of_a_figure(left, says):
     study = read_study(left)
-    built = build_page(study, {name: gates_of(family) for name, family in study.families.items()}, left, command="x")
+    built = build_page(
+        study, {name: judge_candidates(family) for name, family in study.families.items()}, left, command="x"
+    )
     absent = {picture.stem: "" for picture in built.pictures}
     assert all(isinstance(picture.figure, str) or picture.figure.axes for picture in built.pictures)
     text = "".join(Reader(html_page(built, absent | drawn(built))).text)

@@ -105,7 +105,7 @@ def test_a_trend_needs_twelve_steps(steps, outcome):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"status": "interrupted", "reason": "SIGTERM"}, "is interrupted"),
+        ({"status": "interrupted", "reason": "SIGTERM"}, "did not finish: interrupted"),
         ({"stages": []}, "no stage C"),
         ({"stages": [stage("C", losses=())]}, "no training losses"),
     ],
@@ -150,7 +150,7 @@ def with_last(value):
 def test_a_loss_that_falls_with_the_position_passes():
     gate = long_tokens(FALLING)
     assert gate.outcome == "pass"
-    assert gate.numbers[0] == ("last tenth minus second", "-0.1600 [-0.1600, -0.1600] nats per token")
+    assert gate.numbers[0] == ("last tenth minus second", "−0.1600 [−0.1600, −0.1600] nats per token")
 
 
 def test_the_first_tenth_does_not_count():
@@ -176,6 +176,22 @@ def test_an_interval_across_the_limit_is_not_enough_evidence():
     gate = long_tokens(with_last(value), scatter=0.05)
     assert gate.outcome == "insufficient"
     assert all("crosses 0.02" in reason for reason in gate.reasons)
+
+
+def test_many_open_neighbours_are_said_in_one_sentence_beside_the_full_list():
+    rows = {each: [3.0 - 0.02 * t + 0.2 * (-1) ** (index + t) for t in range(10)] for index, each in enumerate(IDS)}
+    for row in rows.values():
+        row[6] += 0.01  # the pair 6 to 7 has the highest bound
+    final = validation(dict.fromkeys(IDS, 3.0), deciles=rows)
+    gate = long_token_gate(arm_of(run("q_p1_bridge", "bridge", {}, final=final)), resamples=300)
+    assert gate.outcome == "insufficient"
+    assert len(gate.reasons) > len(gate.brief) > 0
+    assert "for 9 of 9 pairs of neighbouring tenths" in gate.brief[-1]
+    assert "tenth 6 to 7: " in gate.brief[-1]
+    assert sum("crosses 0.02" in reason for reason in gate.reasons) == 9
+    failing = {each: [*row[:9], row[8] + 1.0] for each, row in rows.items()}
+    broken = run("q_p1_bridge", "bridge", {}, final=validation(dict.fromkeys(IDS, 3.0), deciles=failing))
+    assert long_token_gate(arm_of(broken), resamples=300).brief == ()  # what failed is never behind a count
 
 
 def test_too_few_documents_can_neither_pass_nor_fail():

@@ -18,8 +18,8 @@ def test_curve_mean_and_bits_per_byte_are_those_of_all_blocks_together():
     generator = torch.Generator().manual_seed(0)
     nll = torch.rand(6, 16, generator=generator, dtype=torch.float64)
     metric = PositionLoss(16)
-    metric.update(nll[:4], torch.full((4,), 25), torch.arange(4))
-    metric.update(nll[4:], torch.tensor([30, 20]), torch.arange(4, 6))
+    metric.update(nll[:4], torch.full((4,), 25), torch.arange(4), torch.arange(4))
+    metric.update(nll[4:], torch.tensor([30, 20]), torch.arange(4, 6), torch.arange(2))
     result = metric.compute()
     torch.testing.assert_close(result.curve, nll.mean(0), rtol=0, atol=1e-15)
     assert result.nats_per_token == pytest.approx(float(nll.mean()), rel=1e-14)
@@ -30,14 +30,16 @@ def test_curve_mean_and_bits_per_byte_are_those_of_all_blocks_together():
 def test_sums_are_float64_even_for_bf16_losses_and_after_a_cast_of_the_module():
     metric = PositionLoss(2).to(torch.bfloat16).half()
     for _ in range(1000):
-        metric.update(torch.full((1, 2), 3.015625, dtype=torch.bfloat16), torch.tensor([1]), torch.tensor([7]))
+        metric.update(
+            torch.full((1, 2), 3.015625, dtype=torch.bfloat16), torch.tensor([1]), torch.tensor([7]), torch.tensor([0])
+        )
     assert metric.compute().nats_per_token == 3.015625
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
 def test_reset_starts_anew_and_an_empty_metric_is_an_error():
     metric = PositionLoss(4)
-    metric.update(torch.ones(1, 4), torch.tensor([4]), torch.tensor([7]))
+    metric.update(torch.ones(1, 4), torch.tensor([4]), torch.tensor([7]), torch.tensor([0]))
     metric.reset()
     with pytest.raises(ValueError, match="at least one block"):
         metric.compute()
@@ -45,14 +47,14 @@ def test_reset_starts_anew_and_an_empty_metric_is_an_error():
 
 def test_another_context_is_refused():
     with pytest.raises(ValueError, match=r"got losses of shape \(2, 8\), expected \(batch, 4\)"):
-        PositionLoss(4).update(torch.ones(2, 8), torch.ones(2), torch.arange(2))
+        PositionLoss(4).update(torch.ones(2, 8), torch.ones(2), torch.arange(2), torch.arange(2))
 
 
 def _measure_on_rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     metric = PositionLoss(4)
     mine = slice(2, 3) if rank == 0 else slice(0, 2)
-    metric.update(ALL_LOSSES[mine], NUM_BYTES[mine], IDS[mine])
+    metric.update(ALL_LOSSES[mine], NUM_BYTES[mine], IDS[mine], IDS[mine] % 7)
     *result, documents = metric.compute()
     torch.save((*result, [tuple(block) for block in documents]), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -62,7 +64,7 @@ def _measure_on_rank(rank, folder):
 def test_two_ranks_with_unequal_shares_report_what_one_process_reports(tmp_path):
     torch.multiprocessing.spawn(_measure_on_rank, args=(str(tmp_path),), nprocs=2)
     whole = PositionLoss(4)
-    whole.update(ALL_LOSSES, NUM_BYTES, IDS)
+    whole.update(ALL_LOSSES, NUM_BYTES, IDS, IDS % 7)
     curve, *numbers, documents = whole.compute()
     for rank in (0, 1):
         rank_curve, *rank_numbers, rank_documents = torch.load(tmp_path / f"rank{rank}.pt")
@@ -74,8 +76,9 @@ def test_two_ranks_with_unequal_shares_report_what_one_process_reports(tmp_path)
 def test_every_block_is_reported_apart_and_sorted_by_its_id():
     nll = torch.arange(40.0).view(2, 20)
     metric = PositionLoss(20, short=5)
-    metric.update(nll, torch.tensor([30, 20]), torch.tensor([9, 4]))
+    metric.update(nll, torch.tensor([30, 20]), torch.tensor([9, 4]), torch.tensor([1, 2]))
     second, first = metric.compute().documents[::-1]
+    assert (first.source, second.source) == (2, 1)
     assert (first.id, first.num_bytes, first.nats_per_token, first.short) == ("000000000004", 20, 29.5, 22.0)
     assert (second.id, second.num_bytes, second.nats_per_token, second.short) == ("000000000009", 30, 9.5, 2.0)
     assert second.deciles == tuple(2 * tenth + 0.5 for tenth in range(10))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def import_checkpoint(
     parity: bool = True,
     parity_config: ParityConfig | None = None,
     shard_bytes: int = SHARD_BYTES,
-    trained_by: Mapping[str, Any] | None = None,
+    trained_by: Sequence[Mapping[str, Any]] | None = None,
     console: Console | None = None,
 ) -> Checkpoint:
     """Import a checkpoint, print its audit and leave ``output`` behind only if everything holds.
@@ -55,8 +55,8 @@ def import_checkpoint(
         parity: compare with transformers; off only for models that do not fit twice into memory one after the other.
         parity_config: what parity compares.
         shard_bytes: weights above this size are split.
-        trained_by: the run that trained the source, where it is known (``experiment``, ``run``, ``stage``, ``gpu_seconds``, ``tokens``): a
-            run that starts from the import counts it as a parent.
+        trained_by: the runs that trained the source, oldest first, where they are known (``name``, ``stage``, ``gpu_seconds``, ``tokens``):
+            a run that starts from the import counts them as parents.
         console: where the audit is printed; standard output by default.
 
     Raises:
@@ -184,12 +184,14 @@ def _tokenizer_identity(folder: SourceFolder, plan: Plan) -> tuple[dict[str, Any
     return {"sha256": digest, "files": files, "highest_id": None if highest is None else highest[1]}, notes
 
 
-def _lineage_step(audit: Audit, exceptions: Mapping[str, str], trained_by: Mapping[str, Any] | None) -> LineageStep:
+def _lineage_step(
+    audit: Audit, exceptions: Mapping[str, str], trained_by: Sequence[Mapping[str, Any]] | None
+) -> LineageStep:
     lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in audit.files)
     return LineageStep(
         operation="import",
         source=audit.source,
         source_hash=hashlib.sha256(lines.encode()).hexdigest(),
         parameters=({"allow": dict(exceptions)} if exceptions else {})
-        | ({"trained_by": dict(trained_by)} if trained_by else {}),
+        | ({"trained_by": [dict(run) for run in trained_by]} if trained_by else {}),
     )

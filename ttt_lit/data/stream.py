@@ -207,6 +207,13 @@ class TokenDataModule(lightning.LightningDataModule):
             self._manifests[dataset] = Manifest.load(self._folder(dataset))
         return self._manifests[dataset]
 
+    def sources(self, request: StreamRequest, index: torch.Tensor) -> torch.Tensor:
+        """(B,) int64: the document, numbered in its split, in which each block of ``index`` (B,) begins."""
+        manifest = self.manifest(request.dataset)
+        starts = np.load(self._folder(request.dataset) / manifest.side(request.split).document_starts.file)
+        first = index.numpy() * request.block_tokens
+        return torch.from_numpy(np.searchsorted(starts, first, side="right") - 1)
+
     def identity(self, dataset: str) -> str:
         """SHA-256 of the manifest, which names every byte of the folder by its own hash."""
         self.manifest(dataset)

@@ -24,9 +24,14 @@ def interval(value: Interval | Change) -> tuple[str, str]:
     return change(value.estimate), f"[{change(value.low)}, {change(value.high)}]"
 
 
+def interval_text(value: Interval | Change) -> str:
+    """``+0.0040 [−0.0021, +0.0101]``."""
+    return " ".join(interval(value))
+
+
 def nats(value: Interval | Change) -> str:
     """``+0.0040 [−0.0021, +0.0101] nats per token``."""
-    return f"{' '.join(interval(value))} nats per token"
+    return f"{interval_text(value)} nats per token"
 
 
 def hours(value: float | None) -> str:

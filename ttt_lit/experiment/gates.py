@@ -1,6 +1,6 @@
 """The gates of the study: pass, fail, or insufficient evidence, each with the numbers and the reasons. See ``docs/decision.md``.
 
-The primary gate is here, the secondary ones in ``stability.py``.
+The primary gate is here, what keeps it from deciding in ``evidence.py``, the secondary gates in ``stability.py``. Standard library only.
 """
 
 from __future__ import annotations
@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ttt_lit.experiment.comparison import MAX_DELTA, Comparison, compare, flags, format_interval
+from ttt_lit.experiment.comparison import MAX_DELTA, Comparison, compare, flags, hours_ratio
+from ttt_lit.experiment.evidence import (
+    DEMO_CONTEXT,
+    DEMO_EVALUATION_TOKENS,
+    DEMO_TOKENS,
+    MIN_SEEDS,
+    SHARES,
+    baseline_reasons,
+    evidence_reasons,
+    missing_shares,
+)
 from ttt_lit.experiment.findings import MIN_LEARNT
-from ttt_lit.experiment.record import RunRecord
+from ttt_lit.experiment.formats import nats
 from ttt_lit.experiment.stability import (
     MAX_DECILE_RISE,
     MIN_LAST_THIRD,
@@ -21,7 +31,7 @@ from ttt_lit.experiment.stability import (
     long_token_gate,
 )
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS, RESAMPLES, Interval
-from ttt_lit.experiment.study import Account, Arm, FamilyStudy
+from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
 from ttt_lit.experiment.verdict import Gate, Outcome
 
 __all__ = [
@@ -30,6 +40,7 @@ __all__ = [
     "DEMO_TOKENS",
     "MAX_DECILE_RISE",
     "MAX_DELTA",
+    "MAX_SHARE",
     "MIN_DOCUMENTS",
     "MIN_LAST_THIRD",
     "MIN_LEARNT",
@@ -40,31 +51,23 @@ __all__ = [
     "SPIKE_NATS",
     "SPIKE_STEPS",
     "SPIKE_WINDOW",
+    "CandidateGates",
     "Gate",
     "Outcome",
     "convergence_gate",
     "flags",
+    "judge_candidates",
     "long_token_gate",
     "primary_gate",
 ]
 
 MIN_SAVING = 0.30
 """Share of the baseline's GPU-hours that a candidate must save."""
-SHARES = (0.35, 0.5, 0.7, 1.0)
-"""Budgets at which a candidate is run, as shares of the baseline's GPU-hours; all must be there."""
 SHARE_TOLERANCE = 0.01
 """A stage limited by time ends up to two optimiser steps late, which is 1 % of a pilot of 525 steps in three stages. Without this, the
 run planned at 0.7 could never show a saving of 0.30."""
 MAX_SHARE = 1 - MIN_SAVING + SHARE_TOLERANCE
 """Measured share up to which a run counts as one that saves enough."""
-MIN_SEEDS = 2
-"""One training run says nothing about how much training runs differ."""
-DEMO_EVALUATION_TOKENS = 1_000_000
-"""30 blocks of 32K. Paired differences of documents scatter by some 0.03 nats, so fewer cannot resolve 0.01."""
-DEMO_TOKENS = 100_000_000
-"""Trained by the baseline: 0.4 % of the full schedule. A model that has seen less has hardly left the statistics of single tokens."""
-DEMO_CONTEXT = 8_192
-"""Tokens. The paper's short context; learning while reading is about what lies beyond it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +98,10 @@ def primary_gate(
     """Whether a candidate saves ``MIN_SAVING`` of the baseline's GPU-hours at a loss at most ``MAX_DELTA`` worse."""
     baseline, arms = family.baseline, family.shares(experiment, variant)
     points = [] if baseline is None else [_point(arm, baseline, account, resamples) for arm in arms.values()]
-    blocking = [*_baseline_reasons(baseline, resamples), *_missing_shares(arms)]
+    blocking = [*baseline_reasons(baseline, resamples), *missing_shares(arms)]
     for point in points:
         blocking += point.comparison.reasons
-    blocking += _evidence_reasons(baseline, list(arms.values()), account)
+    blocking += evidence_reasons(baseline, list(arms.values()), account)
     usable = sorted((p for p in points if p.share is not None and p.interval is not None), key=lambda p: p.share or 0.0)
     blocking += _order_reasons(usable)
     best = next((point for point in usable if point.holds), None)
@@ -114,7 +117,11 @@ def primary_gate(
         subject=f"{experiment} {variant}".strip(),
         account=account,
         outcome=outcome,
-        numbers=tuple(_primary_numbers(baseline, points, reduction, account)),
+        numbers=(
+            *_baseline_numbers(baseline, account),
+            *_matched_numbers(family.matched(experiment, variant), baseline, account, resamples),
+            *_saving_numbers(points, reduction),
+        ),
         reasons=tuple(dict.fromkeys(reasons)),
         reduction=reduction,
         decided_by=None if best is None else best.arm.name,
@@ -125,12 +132,8 @@ def _point(arm: Arm, baseline: Arm, account: Account, resamples: int) -> _Point:
     return _Point(
         arm=arm,
         comparison=compare(arm, baseline, resamples=resamples),
-        share=_ratio(arm.gpu_hours(account), baseline.gpu_hours(account)),
+        share=hours_ratio(arm, baseline, account),
     )
-
-
-def _ratio(hours: float | None, of: float | None) -> float | None:
-    return None if hours is None or of is None or of <= 0 or hours <= 0 else hours / of
 
 
 def _decide(usable: Sequence[_Point], reduction: float | None, parents: float | None) -> tuple[Outcome, str]:
@@ -170,72 +173,6 @@ def _decide_outside(usable: Sequence[_Point], parents: float | None) -> tuple[Ou
     return "insufficient", f"no run within {MAX_SHARE:.2f} of the baseline's GPU-hours; run a smaller share"
 
 
-def _baseline_reasons(baseline: Arm | None, resamples: int) -> Iterator[str]:
-    if baseline is None:
-        yield "there is no baseline; finish one token-matched run of TTT-E2E from scratch"
-        return
-    yield from flags(baseline, resamples=resamples)
-    seeds: dict[str, list[str]] = {}
-    for record in baseline.records:
-        for problem in _weak_baseline(record):
-            seeds.setdefault(problem, []).append(str(record.seed))
-    yield from (f"{baseline.name}, seed {', '.join(each)}: {problem}" for problem, each in seeds.items())
-    if not baseline.gpu_hours("marginal"):
-        yield f"the GPU-hours of {baseline.name} are not known"
-
-
-def _weak_baseline(record: RunRecord) -> Iterator[str]:
-    if record.start.source is not None or record.parents:
-        yield "the baseline did not start from random weights"
-    final, entropy = record.final(), record.unigram_entropy
-    if entropy is None:
-        yield "the unigram entropy is not known, so whether the baseline has learnt enough cannot be told"
-    elif final is not None and not final.nats_per_token <= entropy - MIN_LEARNT:
-        yield (
-            f"the baseline has learnt too little: {final.nats_per_token:.3f} nats per token, unigram entropy {entropy:.3f}, "
-            f"at least {MIN_LEARNT:g} nat below is needed"
-        )
-    yield from _demo_size(record)
-
-
-def _demo_size(record: RunRecord) -> Iterator[str]:
-    final = record.final()
-    if final is not None and final.tokens < DEMO_EVALUATION_TOKENS:
-        yield f"demo size: {final.tokens:,} evaluation tokens, at least {DEMO_EVALUATION_TOKENS:,} are needed"
-    if record.totals.tokens < DEMO_TOKENS:
-        yield f"demo size: {record.totals.tokens:,} training tokens, at least {DEMO_TOKENS:,} are needed"
-    if final is not None and final.context < DEMO_CONTEXT:
-        yield f"demo size: a long context of {final.context:,} tokens, at least {DEMO_CONTEXT:,} are needed"
-    if final is not None and len(final.documents) < MIN_DOCUMENTS:
-        yield f"demo size: {len(final.documents)} documents, an interval needs at least {MIN_DOCUMENTS}"
-
-
-def _missing_shares(arms: dict[float, Arm]) -> Iterator[str]:
-    if not arms:
-        yield "there are no wall-clock-matched runs; run the candidate at " + ", ".join(f"{s:g}" for s in SHARES)
-        return
-    for share in SHARES:
-        if share not in arms:
-            yield f"no run at {share:g} of the baseline's GPU-hours"
-
-
-def _evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account) -> Iterator[str]:
-    single = [arm.name for arm in ([] if baseline is None else [baseline]) + list(arms) if len(arm.seeds) < MIN_SEEDS]
-    if single:
-        yield f"a single seed: {', '.join(single)}; run at least {MIN_SEEDS}"
-    if baseline is not None:
-        devices = {record.environment.device for arm in (baseline, *arms) for record in arm.records}
-        if len(devices) > 1:
-            yield f"GPU-hours of different devices: {', '.join(sorted(devices))}; run all on the same"
-    for arm in arms:
-        if arm.gpu_hours("marginal") is None:
-            yield f"the GPU-hours of {arm.name} are not known"
-    if account == "with_parents":
-        unknown = {p.name for arm in arms for record in arm.records for p in record.parents if p.gpu_seconds is None}
-        if unknown:
-            yield f"the cost of parents is not known: {', '.join(sorted(unknown))}"
-
-
 def _order_reasons(usable: Sequence[_Point]) -> Iterator[str]:
     """More of the same training should not be worse; where it is, something other than the budget decides."""
     for index, small in enumerate(usable):
@@ -254,16 +191,76 @@ def _parents_share(arms: Iterable[Arm], baseline: Arm | None, account: Account) 
     return min(costs) / hours if costs and hours else None
 
 
-def _primary_numbers(
-    baseline: Arm | None, points: Sequence[_Point], reduction: float | None, account: Account
-) -> Iterator[tuple[str, str]]:
-    yield "reduction", "none of the runs holds" if reduction is None else f"{reduction:.3f} of the baseline's GPU-hours"
+def _baseline_numbers(baseline: Arm | None, account: Account) -> Iterator[tuple[str, str]]:
     if baseline is not None:
         loss, hours = baseline.loss, baseline.gpu_hours(account)
         yield "baseline loss", "not known" if loss is None else f"{loss:.4f} nats per token"
         yield "baseline GPU-hours", "not known" if hours is None else f"{hours:.4g} h"
+
+
+def _matched_numbers(
+    arm: Arm | None, baseline: Arm | None, account: Account, resamples: int
+) -> Iterator[tuple[str, str]]:
+    """What the same number of tokens gives; it decides nothing here, but is what most runs can show first."""
+    if arm is not None and baseline is not None:
+        point = _point(arm, baseline, account, resamples)
+        yield f"{arm.name} − baseline, same number of tokens", _difference(point)
+
+
+def _saving_numbers(points: Sequence[_Point], reduction: float | None) -> Iterator[tuple[str, str]]:
+    if points:
+        none = f"none shown: no budget has its whole interval at or below {MAX_DELTA:g}"
+        yield "saving", none if reduction is None else f"{reduction:.3f} of the baseline's GPU-hours"
     for point in points:
-        share = "share not known" if point.share is None else f"share {point.share:.3f}"
-        delta = "not measured" if point.interval is None else format_interval(point.interval)
-        seeds = "" if point.interval is None else f", {point.interval.seeds} seeds"
-        yield f"{point.arm.name} − baseline", f"{delta} ({share}{seeds})"
+        yield f"{point.arm.name} − baseline", _difference(point)
+
+
+def _difference(point: _Point) -> str:
+    if point.interval is None:
+        return "not measured"
+    share = "GPU-hours not known" if point.share is None else f"{point.share:.3f} of its GPU-hours"
+    return f"{nats(point.interval)} ({share}, {'1 seed' if point.interval.seeds == 1 else f'{point.interval.seeds} seeds'})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateGates:
+    """A candidate with its gates."""
+
+    experiment: str
+    variant: str
+    marginal: Gate
+    with_parents: Gate
+    secondary: tuple[Gate, ...]
+    """Of the arm that decided the primary gate, else of the token-matched one; empty: there is neither."""
+
+    @property
+    def name(self) -> str:
+        return self.marginal.subject
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        return (self.marginal, self.with_parents, *self.secondary)
+
+    @property
+    def open(self) -> list[Gate]:
+        """Secondary gates that did not pass."""
+        return [gate for gate in self.secondary if gate.outcome != "pass"]
+
+
+def judge_candidates(family: FamilyStudy, *, resamples: int = RESAMPLES) -> list[CandidateGates]:
+    """Every conversion of a family with all its gates."""
+    return [_judge(family, *candidate, resamples) for candidate in family.candidates]
+
+
+def _judge(family: FamilyStudy, experiment: str, variant: str, resamples: int) -> CandidateGates:
+    marginal, with_parents = (
+        primary_gate(family, experiment, variant, account, resamples=resamples) for account in ACCOUNTS
+    )
+    by_name = {arm.name: arm for arm in family.shares(experiment, variant).values()}
+    arm = by_name.get(marginal.decided_by or "") or family.matched(experiment, variant)
+    secondary = (
+        () if arm is None else (convergence_gate(arm, resamples=resamples), long_token_gate(arm, resamples=resamples))
+    )
+    return CandidateGates(
+        experiment=experiment, variant=variant, marginal=marginal, with_parents=with_parents, secondary=secondary
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ttt_lit.experiment.gates import MAX_DELTA, MAX_SHARE, convergence_gate, long_token_gate, primary_gate
-from ttt_lit.experiment.statistics import RESAMPLES
-from ttt_lit.experiment.study import Arm, FamilyStudy
+from ttt_lit.experiment.gates import MAX_DELTA, MAX_SHARE, CandidateGates
+from ttt_lit.experiment.study import FamilyStudy
 from ttt_lit.experiment.verdict import Gate
+
+MAX_FAILURE = 80
+"""Characters of a failed run's own words in a verdict."""
 
 Verdict = Literal["scale up", "not yet", "no"]
 
@@ -25,32 +28,13 @@ class Recommendation:
     """The one measurement that would change the verdict."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Judged:
-    """A candidate with its gates."""
-
-    marginal: Gate
-    with_parents: Gate
-    secondary: tuple[Gate, ...]
-    """Of the arm that decided the primary gate, else of the token-matched one; empty: there is neither."""
-
-    @property
-    def name(self) -> str:
-        return self.marginal.subject
-
-    @property
-    def open(self) -> list[Gate]:
-        """Secondary gates that did not pass."""
-        return [gate for gate in self.secondary if gate.outcome != "pass"]
-
-
-def recommend_scaling(family: FamilyStudy, *, resamples: int = RESAMPLES) -> Recommendation:
-    """One verdict for a family, from the gates of its candidates.
+def recommend_scaling(family: FamilyStudy, candidates: Sequence[CandidateGates]) -> Recommendation:
+    """One verdict for a family, from the gates of its candidates as ``judge_candidates`` makes them.
 
     Scale up: a candidate passes the primary gate under the marginal account and all secondary gates. No: every candidate fails the
     primary gate. Not yet: anything else. Candidates with wall-clock-matched runs are judged; without any, all of them are.
     """
-    judged = [_judge(family, *candidate, resamples) for candidate in _candidates(family)]
+    judged = _deciding(family, candidates)
     if not judged:
         return _recommendation(
             family,
@@ -70,25 +54,12 @@ def recommend_scaling(family: FamilyStudy, *, resamples: int = RESAMPLES) -> Rec
     return _no(family, judged)
 
 
-def _candidates(family: FamilyStudy) -> list[tuple[str, str]]:
-    by_time = [candidate for candidate in family.candidates if family.shares(*candidate)]
-    return by_time or family.candidates
+def _deciding(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[CandidateGates]:
+    by_time = [each for each in judged if family.shares(each.experiment, each.variant)]
+    return by_time or list(judged)
 
 
-def _judge(family: FamilyStudy, experiment: str, variant: str, resamples: int) -> _Judged:
-    marginal = primary_gate(family, experiment, variant, "marginal", resamples=resamples)
-    by_name = {arm.name: arm for arm in family.shares(experiment, variant).values()}
-    arm: Arm | None = by_name.get(marginal.decided_by or "") or family.matched(experiment, variant)
-    return _Judged(
-        marginal=marginal,
-        with_parents=primary_gate(family, experiment, variant, "with_parents", resamples=resamples),
-        secondary=()
-        if arm is None
-        else (convergence_gate(arm, resamples=resamples), long_token_gate(arm, resamples=resamples)),
-    )
-
-
-def _scale_up(family: FamilyStudy, best: _Judged) -> Recommendation:
+def _scale_up(family: FamilyStudy, best: CandidateGates) -> Recommendation:
     parents = best.with_parents
     why = f"{best.name} {best.marginal.reasons[0]}, and its secondary gates pass. "
     if parents.outcome == "pass":
@@ -111,7 +82,7 @@ def _scale_up(family: FamilyStudy, best: _Judged) -> Recommendation:
     )
 
 
-def _almost(family: FamilyStudy, best: _Judged) -> Recommendation:
+def _almost(family: FamilyStudy, best: CandidateGates) -> Recommendation:
     gate = best.open[0]
     return _recommendation(
         family,
@@ -121,18 +92,18 @@ def _almost(family: FamilyStudy, best: _Judged) -> Recommendation:
     )
 
 
-def _undecided(family: FamilyStudy, best: _Judged) -> Recommendation:
+def _undecided(family: FamilyStudy, best: CandidateGates) -> Recommendation:
     count = len(best.marginal.reasons)
-    others = f" and {count - 1} more" if count > 1 else ""
+    gaps = "one reason" if count == 1 else f"{count} reasons"
     return _recommendation(
         family,
         "not yet",
-        f"The evidence on {best.name} is insufficient: {best.marginal.reasons[0]}{others}.",
-        f"What is in the way first: {best.marginal.reasons[0]}.",
+        f"The evidence on {best.name} is insufficient for {gaps}; the gates list all of them.",
+        f"{'First of all' if count > 1 else 'Only'} this has to change: {best.marginal.reasons[0]}.",
     )
 
 
-def _no(family: FamilyStudy, judged: list[_Judged]) -> Recommendation:
+def _no(family: FamilyStudy, judged: list[CandidateGates]) -> Recommendation:
     failed = "; ".join(f"{each.name}: {each.marginal.reasons[0]}" for each in judged)
     return _recommendation(
         family,
@@ -147,4 +118,18 @@ def _said(gate: Gate) -> str:
 
 
 def _recommendation(family: FamilyStudy, verdict: Verdict, why: str, would_change: str) -> Recommendation:
-    return Recommendation(family=family.family, verdict=verdict, why=why, would_change=would_change)
+    return Recommendation(
+        family=family.family,
+        verdict=verdict,
+        why=shorten_failures(why, family),
+        would_change=shorten_failures(would_change, family),
+    )
+
+
+def shorten_failures(sentence: str, family: FamilyStudy) -> str:
+    """A sentence in which what a failed run of the family left behind, often the text of an exception, is at most 80 characters long."""
+    for record in (record for arm in family.arms for record in arm.records):
+        reason = record.reason or ""
+        if len(reason) > MAX_FAILURE:
+            sentence = sentence.replace(f"({reason})", f"({reason[: MAX_FAILURE - 1].rstrip()}…)")
+    return sentence

@@ -159,6 +159,8 @@ class Document:
 
     id: str
     """Of its tokens: equal ids are equal blocks."""
+    source: int
+    """The document it was cut from, numbered in its split: blocks of one document are not independent."""
     bytes: int
     nats_per_token: float
     short: float
@@ -222,6 +224,8 @@ class Stage:
     context: int
     windows: list[int | None]
     """Window of each layer in tokens; null: dense."""
+    sink_tokens: int = 0
+    """Tokens at the start that stay visible outside of the windows."""
     planned: Planned
     spent: Spent = field(default_factory=Spent)
     carry: Literal["all", "params"] = "all"
@@ -307,15 +311,17 @@ class RunRecord:
         last = self.stages[-1].validations if self.stages else []
         return next((validation for validation in last if validation.inner == wanted), None)
 
-    def cost(self) -> dict[str, Any]:
-        """What the weights at the run's end have cost: the entry of a checkpoint's lineage that says who trained it."""
-        return {
-            "experiment": self.experiment,
-            "run": self.run_id,
-            "stage": self.stages[-1].name if self.stages else None,
-            "gpu_seconds": round(self.totals.gpu_seconds.get("compute", 0.0), 3),
-            "tokens": self.totals.tokens,
-        }
+    def trained_by(self) -> list[dict[str, Any]]:
+        """This run and its parents, oldest first, as a checkpoint's lineage names who trained it. ValueError unless it has finished."""
+        if self.status != "finished":
+            raise ValueError(f"{self.name}: its status is {self.status}, so what its weights have cost is not known yet")
+        own = Parent(
+            name=self.name,
+            stage=self.stages[-1].name,
+            gpu_seconds=round(self.totals.gpu_seconds["compute"], 3),
+            tokens=self.totals.tokens,
+        )
+        return [dataclasses.asdict(parent) for parent in (*self.parents, own)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. ValueError naming the field if a number is not finite and the run did not diverge."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
-from ttt_lit.experiment.comparison import format_interval
+from ttt_lit.experiment.formats import nats
 from ttt_lit.experiment.record import RunRecord, Stage
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS, RESAMPLES, Interval, level_change, mean_interval
 from ttt_lit.experiment.study import Arm
@@ -48,7 +48,7 @@ def _accidents(record: RunRecord) -> Iterator[Finding]:
     if record.status == "diverged":
         yield "fail", f"the run diverged ({record.reason})"
     elif record.status != "finished":
-        yield "insufficient", f"the run is {record.status}"
+        yield "insufficient", f"the run did not finish: {record.status}"
     for stage in record.stages:
         if not stage.train_losses:
             yield "insufficient", f"stage {stage.name} has no training losses"
@@ -82,34 +82,49 @@ def _trend(record: RunRecord, resamples: int) -> tuple[Outcome, str, str | None]
     if not all(math.isfinite(loss) for loss in last):
         return "insufficient", f"the last third of {TREND_STAGE} has losses that are not finite", None
     change = level_change(last, resamples=resamples)
-    text = f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] nats per token"
+    text = nats(change)
     if change.low > 0:
         return "fail", f"the training loss rises over the last third of {TREND_STAGE}: {text}", text
-    return "pass", f"the training loss does not rise over the last third of {TREND_STAGE}", text
+    return "pass", f"no rise of the training loss is seen over the last third of {TREND_STAGE}", text
 
 
 def long_token_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
     """No degradation at late positions: the last tenth is not above the second, and no tenth is much above the one before it."""
     tables = _deciles(arm)
     if tables is None:
-        reason = f"not every seed has a headline loss with {DECILES} finite tenths per document, for the same documents"
-        return _gate("long-token loss", arm, [("insufficient", reason)], [])
+        reason = f"not every seed has finite losses in {DECILES} tenths of the positions for the same documents"
+        return _gate("long-token loss", arm, [("insufficient", reason)])
     whole = _step(tables, 1, DECILES - 1, resamples)
     steps = {later: _step(tables, later - 1, later, resamples) for later in range(1, DECILES)}
     steepest = max(steps, key=lambda later: steps[later].estimate)
-    findings = [_bounded(whole, 0.0, "last tenth of the positions minus the second")]
-    findings += [
-        _bounded(interval, MAX_DECILE_RISE, f"tenth {later + 1} of the positions minus tenth {later}")
+    overall = [_bounded(whole, 0.0, "last tenth of the positions minus the second")]
+    rises = {
+        later: _bounded(interval, MAX_DECILE_RISE, f"tenth {later + 1} of the positions minus tenth {later}")
         for later, interval in steps.items()
-    ]
+    }
     if whole.documents < MIN_DOCUMENTS:
         few = f"measured on {whole.documents} documents, an interval needs at least {MIN_DOCUMENTS}"
-        findings = [("insufficient", few), *((_unsure(outcome), text) for outcome, text in findings)]
+        overall = [("insufficient", few), *map(_unsure, overall)]
+        rises = {later: _unsure(finding) for later, finding in rises.items()}
     numbers = [
-        ("last tenth minus second", format_interval(whole)),
-        (f"largest rise between neighbours (tenth {steepest} to {steepest + 1})", format_interval(steps[steepest])),
+        ("last tenth minus second", nats(whole)),
+        (f"largest rise between neighbours (tenth {steepest} to {steepest + 1})", nats(steps[steepest])),
     ]
-    return _gate("long-token loss", arm, findings, numbers)
+    findings = [*overall, *rises.values()]
+    return _gate("long-token loss", arm, findings, numbers, list(_brief(overall, rises, steps)))
+
+
+def _brief(overall: Sequence[Finding], rises: Mapping[int, Finding], steps: Mapping[int, Interval]) -> Iterator[str]:
+    """The open neighbours of an undecided gate in one sentence; nothing where something failed or they are few."""
+    unclear = [later for later, (outcome, _) in rises.items() if outcome == "insufficient"]
+    if len(unclear) < 2 or "fail" in (outcome for outcome, _ in (*overall, *rises.values())):
+        return
+    yield from (text for outcome, text in overall if outcome == "insufficient")
+    worst_pair = max(unclear, key=lambda later: steps[later].high)
+    yield (
+        f"for {len(unclear)} of {len(rises)} pairs of neighbouring tenths a rise of more than {MAX_DECILE_RISE:g} nats per token "
+        f"cannot be excluded; the highest bound is that of tenth {worst_pair} to {worst_pair + 1}: {nats(steps[worst_pair])}"
+    )
 
 
 def _deciles(arm: Arm) -> list[dict[str, list[float]]] | None:
@@ -128,7 +143,7 @@ def _step(tables: list[dict[str, list[float]]], earlier: int, later: int, resamp
 
 
 def _bounded(interval: Interval, limit: float, what: str) -> Finding:
-    text = f"{what}: {format_interval(interval)}"
+    text = f"{what}: {nats(interval)}"
     if interval.high <= limit:
         return "pass", f"{text}, at most {limit:g}"
     if interval.low > limit:
@@ -136,16 +151,25 @@ def _bounded(interval: Interval, limit: float, what: str) -> Finding:
     return "insufficient", f"{text}, the interval crosses {limit:g}"
 
 
-def _unsure(outcome: Outcome) -> Outcome:
-    return "insufficient" if outcome == "fail" else outcome
+def _unsure(finding: Finding) -> Finding:
+    """Too few documents cannot fail a gate."""
+    outcome, text = finding
+    return ("insufficient" if outcome == "fail" else outcome), text
 
 
-def _gate(name: str, arm: Arm, findings: list[Finding], numbers: list[tuple[str, str]]) -> Gate:
+def _gate(
+    name: str, arm: Arm, findings: list[Finding], numbers: Sequence[tuple[str, str]] = (), brief: Sequence[str] = ()
+) -> Gate:
     """Reasons: those findings that made the outcome; beside a failure also what could not be told."""
     findings = [("insufficient", problem) for problem in arm.problems] + findings
     outcome = worst([each for each, _ in findings])
     order = ("pass",) if outcome == "pass" else ("fail", "insufficient")
     reasons = [reason for wanted in order for each, reason in findings if each == wanted]
     return Gate(
-        name=name, subject=arm.name, outcome=outcome, numbers=tuple(numbers), reasons=tuple(dict.fromkeys(reasons))
+        name=name,
+        subject=arm.name,
+        outcome=outcome,
+        numbers=tuple(numbers),
+        reasons=tuple(dict.fromkeys(reasons)),
+        brief=tuple(brief),
     )

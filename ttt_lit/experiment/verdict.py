@@ -24,6 +24,8 @@ class Gate:
     """Label and formatted value with its unit: what was measured, also where it does not suffice."""
     reasons: tuple[str, ...] = ()
     """Sentences: why the outcome is what it is; with ``insufficient`` everything that is in the way."""
+    brief: tuple[str, ...] = ()
+    """The reasons in fewer sentences, where there are many of one kind; empty: they are short enough as they are."""
     reduction: float | None = None
     """Primary gate: 1 − the smallest share that holds, also where the evidence is insufficient; None: no share holds."""
     decided_by: str | None = None

@@ -55,10 +55,10 @@ class Evaluation(nn.Module):
         for metric in self.metrics.values():
             metric.reset()  # type: ignore[operator]
 
-    def update(self, losses: dict[Inner, Tensor], num_bytes: Tensor, ids: Tensor) -> None:
-        """Add token losses (B, T) per setting, with the bytes of each block's targets and its identity, both (B,)."""
+    def update(self, losses: dict[Inner, Tensor], num_bytes: Tensor, ids: Tensor, sources: Tensor) -> None:
+        """Add token losses (B, T) per setting, with the bytes of each block's targets, its identity and its document, all (B,)."""
         for inner, nll in losses.items():
-            self.metrics[inner].update(nll, num_bytes, ids)  # type: ignore[operator]
+            self.metrics[inner].update(nll, num_bytes, ids, sources)  # type: ignore[operator]
 
     def compute(self) -> dict[Inner, PositionResult]:
         """Results per setting that was measured, which every rank knows alike; summed over ranks (a collective call)."""
@@ -85,6 +85,7 @@ def validation_entry(inner: Inner, result: PositionResult) -> dict[str, Any]:
         "documents": [
             {
                 "id": block.id,
+                "source": block.source,
                 "bytes": block.num_bytes,
                 "nats_per_token": block.nats_per_token,
                 "short": block.short,

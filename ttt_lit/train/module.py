@@ -227,7 +227,7 @@ class TTTModule(L.LightningModule):
             num_batches=plan.micro_batches,
             start_batch=self.ledger.spent(plan.name).micro_batches,
             accumulate=plan.accumulate,
-            stage=index,
+            stage=plan.order,
             should_stop=(lambda: self.is_spent(plan)) if plan.micro_batches is None else None,
         )
 
@@ -297,7 +297,7 @@ class TTTModule(L.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.measure(batch["tokens"], self.evaluation)
+        self.measure(batch, self.evaluation)
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "validate":
@@ -308,14 +308,25 @@ class TTTModule(L.LightningModule):
         """Empty sums for one pass over held-out long blocks."""
         return Evaluation(self.size.long, short=self.size.short, has_inner_loop=self.has_inner_loop)
 
-    def measure(self, tokens: Tensor, evaluation: Evaluation) -> None:
-        """Add the losses of tokens (B, T+1) under every setting of the inner loop that the stage has, at its full learning rate."""
+    def measure(self, batch: dict[str, Tensor], evaluation: Evaluation) -> None:
+        """Add the losses of held-out long blocks under every setting of the inner loop that the stage has, at its full rate.
+
+        ``batch`` holds tokens (B, T+1) and index (B,), as the data module streams them.
+        """
+        tokens = batch["tokens"].to(self.device)
         config = self.plan.config
         modes = evaluation_modes(config.mode, has_inner_loop=self.has_inner_loop, has_sinks=config.sink_tokens > 0)
         losses: dict[Inner, Tensor] = {
             inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll for inner, mode in modes.items()
         }
-        evaluation.update(losses, target_bytes(tokens, self._tables["long"]), block_ids(tokens))
+        self.add_losses(evaluation, losses, batch)
+
+    def add_losses(self, evaluation: Evaluation, losses: dict[Inner, Tensor], batch: dict[str, Tensor]) -> None:
+        """Add token losses (B, T) of held-out long blocks, measured in whatever way, with what identifies the blocks."""
+        tokens = batch["tokens"]
+        num_bytes = target_bytes(tokens, self._tables["long"])
+        sources = self.datamodule.sources(self.held_out(1), batch["index"].cpu())
+        evaluation.update(losses, num_bytes, block_ids(tokens), sources)
 
     # State --------------------------------------------------------------------------------------------------------------------
 

@@ -53,19 +53,21 @@ class Origin:
         return None if self.checkpoint is None else self.checkpoint.receipt
 
 
+_COSTS = ("stage", "gpu_seconds", "tokens")
+
+
 def parents(lineage: Sequence[LineageStep]) -> list[dict[str, Any]]:
     """Every run that went into a checkpoint, oldest first: ``name``, ``stage``, ``gpu_seconds``, ``tokens``; None for what is not known.
 
     An imported checkpoint counts as a run of somebody else's, of unknown cost unless the import was told who trained it.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for step in lineage:
-        known = step.parameters if step.operation == "fit" else step.parameters.get("trained_by")
-        if step.operation not in ("fit", "import"):
-            continue
-        known = known or {}
-        name = f"{known['experiment']}/{known['run']}" if known else step.source
-        found.append({"name": name} | {key: known.get(key) for key in ("stage", "gpu_seconds", "tokens")})
+        if step.operation == "fit":
+            own = step.parameters
+            found.append({"name": f"{own['experiment']}/{own['run']}"} | {key: own.get(key) for key in _COSTS})
+        elif step.operation == "import":
+            found += step.parameters.get("trained_by") or [{"name": step.source} | dict.fromkeys(_COSTS)]
     return found
 
 

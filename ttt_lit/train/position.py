@@ -28,6 +28,8 @@ class BlockLoss(NamedTuple):
 
     id: str
     """Of its tokens; see ``block_ids``."""
+    source: int
+    """The document it was cut from, numbered in its split."""
     num_bytes: int
     nats_per_token: float
     short: float
@@ -76,13 +78,14 @@ class PositionLoss(Metric):
         """Follow the module to a device but never to a dtype: torchmetrics guards ``half()`` but not ``to(dtype)``."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
-    def update(self, token_nll: Tensor, num_bytes: Tensor, ids: Tensor) -> None:
+    def update(self, token_nll: Tensor, num_bytes: Tensor, ids: Tensor, sources: Tensor) -> None:
         """Add a batch.
 
         Parameters:
             token_nll: (B, T) loss of each target in nats, any floating dtype; T must be the context.
             num_bytes: (B,) bytes of text of each block's targets.
             ids: (B,) ``block_ids`` of the blocks.
+            sources: (B,) numbers of the documents that the blocks were cut from.
         """
         if token_nll.ndim != 2 or token_nll.shape[1] != self.context:
             raise ValueError(
@@ -92,7 +95,7 @@ class PositionLoss(Metric):
         self.nll_sum += nll.sum(0)
         self.blocks += nll.shape[0]
         self.num_bytes += num_bytes.sum()
-        columns = [ids.to(nll), num_bytes.to(nll), nll.mean(1), nll[:, : self.short].mean(1)]
+        columns = [ids.to(nll), sources.to(nll), num_bytes.to(nll), nll.mean(1), nll[:, : self.short].mean(1)]
         columns += [nll[:, start:stop].mean(1) for start, stop in deciles(self.context)]
         self.rows.append(torch.stack(columns, dim=1))
 
@@ -119,8 +122,8 @@ class PositionLoss(Metric):
         # A list where one process computed, one tensor where ranks exchanged theirs.
         rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
         return tuple(
-            BlockLoss(f"{int(block):012x}", int(num_bytes), mean, short, tuple(tenths))
-            for block, num_bytes, mean, short, *tenths in sorted(rows.tolist())
+            BlockLoss(f"{int(block):012x}", int(source), int(num_bytes), mean, short, tuple(tenths))
+            for block, source, num_bytes, mean, short, *tenths in sorted(rows.tolist())
         )
 
 

@@ -141,6 +141,11 @@ class StagePlan:
         )
 
     @property
+    def order(self) -> int:
+        """The stage's number among all stages, enabled or not: C reads the same blocks in the same order in every arm."""
+        return [stage.name for stage in dataclasses.fields(Stages)].index(self.name)
+
+    @property
     def micro_batches(self) -> int | None:
         """Micro-batches per rank in the whole stage; None where time decides."""
         return None if self.budget.steps is None else self.budget.steps * self.accumulate

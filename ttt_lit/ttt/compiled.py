@@ -12,6 +12,8 @@ import os
 import shutil
 import types
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -57,10 +59,27 @@ def _compiled_layer(backend: str, kind: LayerKind) -> RunLayer:
     code = run_layer.__code__.replace(co_name=f"run_layer_{len(_kinds)}")
     _kinds.append(kind)
     own = types.FunctionType(code, run_layer.__globals__, code.co_name, run_layer.__defaults__, run_layer.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True)
+    return torch.compile(own, backend=_compiler(backend), fullgraph=True)
 
 
 _kinds: list[LayerKind] = []
+
+
+@functools.cache
+def _compiler(backend: str) -> Callable[..., Any]:
+    """torch's backend of that name without AOTAutograd's cache of whole graphs; generated code and kernels are still cached.
+
+    torch up to 2.13 writes freed memory into that cache in place of the shape of a bias-free linear map's result, where a graph returns
+    the result and a view of it: here the products and the values. The process that compiles is right, or dies while it writes; the next
+    one to read the entry fails with "invalid shape dimension" (pytorch/pytorch#185630, mended after 2.13 by #184774).
+    """
+    compile_graph = torch._dynamo.lookup_backend(backend)
+
+    def without_autograd_cache(graph: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return compile_graph(graph, inputs, **settings)
+
+    return without_autograd_cache
 
 
 def _raise_limits() -> None:
@@ -75,7 +94,7 @@ def compile_blocks(decoder: Decoder) -> None:
     _raise_limits()
     for index in range(decoder.spec.num_layers):
         block = decoder.block(index)
-        block.forward = torch.compile(block.forward, backend=BACKEND)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, backend=_compiler(BACKEND))  # type: ignore[method-assign]
 
 
 @functools.cache

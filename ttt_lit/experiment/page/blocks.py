@@ -54,16 +54,6 @@ class Code:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """One family's answer."""
-
-    family: str
-    mark: Mark
-    lines: tuple[tuple[str, str], ...]
-    """Label and sentence."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Grid:
     """A table. The first cell of a row is its header; columns are aligned by what they hold."""
 
@@ -72,6 +62,19 @@ class Grid:
     rows: tuple[tuple[Cell, ...], ...]
     wide: bool = False
     """Cells hold sentences: columns get room for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One family's answer: what was measured, at which budgets, and what follows."""
+
+    family: str
+    mark: Mark
+    measured: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Label and sentences."""
+    budgets: Grid | None = None
+    lines: tuple[tuple[str, str], ...]
+    """Label and sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ttt_lit.experiment.gates import MAX_DELTA, MIN_SAVING, Gate
+from ttt_lit.experiment.comparison import Differences
+from ttt_lit.experiment.gates import MAX_DELTA, MIN_SAVING, CandidateGates
 from ttt_lit.experiment.page.blocks import Block, Heading, Page
-from ttt_lit.experiment.page.differences import Differences, family_differences
+from ttt_lit.experiment.page.differences import family_differences
 from ttt_lit.experiment.page.parts.closing import across, other_runs, problems, reading
 from ttt_lit.experiment.page.parts.family import ablations, arms_table, figures
+from ttt_lit.experiment.page.parts.gates import gate_section
 from ttt_lit.experiment.page.parts.runs import run_table
-from ttt_lit.experiment.page.parts.verdicts import gate_table, verdicts
+from ttt_lit.experiment.page.parts.verdicts import verdicts
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import FamilyStudy, Study
 
@@ -22,11 +24,11 @@ QUESTION = (
 
 
 def build_page(
-    study: Study, gates: Mapping[str, Sequence[Gate]], records: Sequence[RunRecord], *, command: str
+    study: Study, judged: Mapping[str, Sequence[CandidateGates]], records: Sequence[RunRecord], *, command: str
 ) -> Page:
-    """The whole page, in the order in which it is read; ``gates``: of every family."""
-    blocks: list[Block] = [*verdicts(study), *gate_table(gates)]
+    """The whole page, in the order in which it is read; ``judged``: the candidates of every family."""
     differences = {name: family_differences(family) for name, family in study.families.items()}
+    blocks: list[Block] = [*verdicts(study, judged, differences), *gate_section(study, judged)]
     for name, family in study.families.items():
         blocks += _family(family, differences[name])
     blocks += [*problems(study, differences), *across(study), *other_runs(study), *reading(records, command)]

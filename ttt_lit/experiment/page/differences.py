@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from ttt_lit.experiment.comparison import Comparison, compare_all
+from ttt_lit.experiment.comparison import Comparison, Differences, compare_all
 from ttt_lit.experiment.formats import NONE, interval
-from ttt_lit.experiment.record import Role
 from ttt_lit.experiment.study import FamilyStudy
 
-Differences = dict[Role, Comparison | None]
-"""Role of the reference → the comparison; None: no such reference, or it is the arm itself."""
 NOT_USABLE = "†"
 """Behind a difference that may not be used as evidence."""
 

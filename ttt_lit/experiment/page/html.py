@@ -95,9 +95,19 @@ def _mark(mark: Mark) -> str:
 
 
 def _verdict(block: Verdict) -> str:
-    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in block.lines)
     title = f"<h2>{escape(block.family)}: {_mark(block.mark)}</h2>"
-    return f'<section class="verdict {block.mark.state}">{title}<dl>{lines}</dl></section>'
+    budgets = "" if block.budgets is None else _grid(block.budgets)
+    lines = [(name, (text,)) for name, text in block.lines]
+    body = f"{_definitions(block.measured)}{budgets}{_definitions(lines)}"
+    return f'<section class="verdict {block.mark.state}">{title}{body}</section>'
+
+
+def _definitions(lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Each name once, with a paragraph per sentence; nothing where there is none."""
+    items = "".join(
+        f"<dt>{escape(name)}</dt>" + "".join(f"<dd>{escape(text)}</dd>" for text in texts) for name, texts in lines
+    )
+    return f"<dl>{items}</dl>" if items else ""
 
 
 def _grid(block: Grid) -> str:

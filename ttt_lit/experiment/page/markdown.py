@@ -63,8 +63,11 @@ def _mark(mark: Mark) -> str:
 
 
 def _verdict(block: Verdict) -> str:
+    title = f"**{plain(block.family)}: {_mark(block.mark)}**"
+    measured = [f"- {plain(name)}. {' '.join(map(plain, texts))}" for name, texts in block.measured]
     lines = [f"- {plain(name)}: {plain(text)}" for name, text in block.lines]
-    return "\n".join([f"**{plain(block.family)}: {_mark(block.mark)}**", "", *lines])
+    budgets = [] if block.budgets is None else [_grid(block.budgets)]
+    return "\n\n".join([title, *(["\n".join(measured)] if measured else []), *budgets, "\n".join(lines)])
 
 
 def _grid(block: Grid) -> str:

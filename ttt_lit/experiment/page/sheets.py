@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ttt_lit.experiment.gates import Gate
+from ttt_lit.experiment.gates import CandidateGates, Gate
 from ttt_lit.experiment.page.parts.runs import windows
 from ttt_lit.experiment.record import RunRecord, Stage
 from ttt_lit.metrics import ACCOUNTS
@@ -21,7 +21,7 @@ RUN_HEADER = (
     "transition_held", "loss_inner_off", "loss_inner_on", "bits_per_byte_inner_off", "bits_per_byte_inner_on", "tokens_per_second",
     "seconds_per_1k_tokens", "peak_memory_gib",
 )  # fmt: skip
-GATE_HEADER = ("family", "candidate", "gate", "account", "outcome", "numbers", "reasons")
+GATE_HEADER = ("family", "candidate", "judged", "gate", "account", "outcome", "numbers", "reasons")
 _NO_STAGE: tuple[None] = (None,)
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -33,9 +33,10 @@ def runs_csv(records: Iterable[RunRecord]) -> str:
     return _write(RUN_HEADER, (_run_row(r, stage) for r in ordered for stage in r.stages or _NO_STAGE))
 
 
-def gates_csv(gates: Mapping[str, Sequence[Gate]]) -> str:
-    """``gates``: of every family."""
-    return _write(GATE_HEADER, (_gate_row(family, gate) for family, found in gates.items() for gate in found))
+def gates_csv(judged: Mapping[str, Sequence[CandidateGates]]) -> str:
+    """Every number and reason of every gate; ``judged``: the candidates of every family."""
+    gates = ((family, each, gate) for family, found in judged.items() for each in found for gate in each.gates)
+    return _write(GATE_HEADER, (_gate_row(*row) for row in gates))
 
 
 def _run_row(record: RunRecord, stage: Stage | None) -> Iterator[Value]:
@@ -55,10 +56,10 @@ def _run_row(record: RunRecord, stage: Stage | None) -> Iterator[Value]:
     yield from (speed.tokens_per_second, speed.seconds_per_1k_tokens, speed.peak_memory_gib) if speed else ()
 
 
-def _gate_row(family: str, gate: Gate) -> Iterator[Value]:
-    yield from (family, gate.subject, gate.name, gate.account, gate.outcome)
+def _gate_row(family: str, candidate: CandidateGates, gate: Gate) -> Iterator[Value]:
+    yield from (family, candidate.name, gate.subject, gate.name, gate.account, gate.outcome)
     yield "; ".join(f"{name}: {value}" for name, value in gate.numbers)
-    yield " ".join(gate.reasons)
+    yield "; ".join(gate.reasons)
 
 
 def _write(header: Sequence[str], rows: Iterable[Iterable[Value]]) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ttt_lit.experiment.drawing import png_bytes, replace_file, svg_text
+from ttt_lit.experiment.gates import judge_candidates
 from ttt_lit.experiment.page.blocks import Picture
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.html import html_page
 from ttt_lit.experiment.page.markdown import markdown_page
-from ttt_lit.experiment.page.parts.verdicts import gates_of
 from ttt_lit.experiment.page.sheets import gates_csv, runs_csv
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import read_study
@@ -30,12 +30,12 @@ def write_report(records: Sequence[RunRecord], folder: Path, *, command: str) ->
     """
     ordered = sorted(records, key=lambda record: (record.name, record.seed))
     study = read_study(ordered)
-    gates = {name: gates_of(family) for name, family in study.families.items()}
-    page = build_page(study, gates, ordered, command=command)
+    judged = {name: judge_candidates(family) for name, family in study.families.items()}
+    page = build_page(study, judged, ordered, command=command)
     drawings = {picture.stem: _draw(picture, folder) for picture in page.pictures}
     _write(folder / "report.md", markdown_page(page, figures=FIGURES))
     _write(folder / "runs.csv", runs_csv(ordered))
-    _write(folder / "gates.csv", gates_csv(gates))
+    _write(folder / "gates.csv", gates_csv(judged))
     return _write(folder / "report.html", html_page(page, drawings))
 
 

@@ -1,4 +1,4 @@
-"""The console summary of runs: records in, tables and sentences out. Standard library only; the page is ``ttt_lit.experiment.page``."""
+"""The console summary of runs: records in, tables and sentences out. No numpy for a few runs; the page is ``ttt_lit.experiment.page``."""
 
 from ttt_lit.experiment.report.collect import read_records
 from ttt_lit.experiment.report.console import console, tables

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 from ttt_lit.experiment.findings import findings, window_of
 from ttt_lit.experiment.record import RunRecord, Stage, Validation
+from ttt_lit.experiment.report.decision import decision
 from ttt_lit.experiment.report.table import Table
+
+FEW = 3
+"""Runs up to which each is described in sentences."""
 
 
 def console(records: Sequence[RunRecord]) -> str:
-    """The summary for a terminal."""
+    """Tables of all runs; then what each shows in sentences, or of more than ``FEW`` runs what they decide together."""
     blocks = [table.text() for table in tables(records)]
+    if len(records) > FEW:
+        return "\n\n".join([*blocks, *decision(records)])
     for record in records:
         blocks.append("\n".join([f"What {record.name} shows", *(f"  - {line}" for line in findings(record))]))
     return "\n\n".join(blocks)

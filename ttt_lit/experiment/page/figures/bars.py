@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_lit.experiment.comparison import hours_to_target, target_loss
+from ttt_lit.experiment.formats import hours as hours_text
 from ttt_lit.experiment.page.figures.scales import amount
 from ttt_lit.experiment.page.figures.style import FONT, ArmStyle, axis_labels, label, one_axes, styles
-from ttt_lit.experiment.formats import hours as hours_text
 from ttt_lit.experiment.study import FamilyStudy
 
 _ROW = 0.27

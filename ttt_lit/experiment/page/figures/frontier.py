@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ttt_lit.experiment.page.differences import Differences
+from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.page.figures.labels import Line, Mark, label_points
 from ttt_lit.experiment.page.figures.scales import compute_axis, limits
 from ttt_lit.experiment.page.figures.style import ArmStyle, axis_labels, label, one_axes, styles

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from ttt_lit.experiment.gates import MAX_DELTA, MIN_SAVING, flags
-from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
-from ttt_lit.experiment.page.differences import Differences
-from ttt_lit.experiment.page.figures.style import ROLE_NAMES
+from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.formats import hours, loss
+from ttt_lit.experiment.gates import MAX_DELTA, MAX_SHARE, MIN_SAVING, flags
+from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
+from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import Arm, FamilyStudy, Study, gpu_hours
 
@@ -38,7 +38,9 @@ def _missing(study: Study) -> Iterator[str]:
             "fa_import": family.fa_import,
         }
         for role, arm in arms.items():
-            if arm is None:
+            if arm is None and not any(
+                each.role == role and not each.variant and each.share is None for each in family.arms
+            ):
                 yield f"{family.family}: no run of role {role} ({ROLE_NAMES[role]}), matched by tokens, without a variant"  # type: ignore[index]
         if not family.candidates:
             yield f"{family.family}: no bridge and no direct conversion"
@@ -107,15 +109,24 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
     return [
         Heading(level=2, text="How to read this"),
         Paragraph(
+            text="Terms. An arm is one setting, run once per seed; the baseline is TTT-E2E trained from scratch; FA is full attention; a "
+            "candidate converts a pretrained model, through sliding-window stages (bridge) or at once (direct). Stages: A trains from "
+            "scratch on short contexts, B0 goes on with dense attention, B1 with a sliding window, B2 with TTT layers, C on long "
+            "contexts. An arm's loss is that of all held-out blocks at the end of its last stage, with the inner loop on where it "
+            "has TTT layers unless its configuration says otherwise."
+        ),
+        Paragraph(
             text=f"Accounts. GPU-hours are device-hours of the compute account: training, waiting for data included; validation, "
             f"checkpoints and compilation are booked apart. “Run alone” is what the run itself took, “with parents” adds every run "
             f"that made its start checkpoint, and is unknown where one of these is. The saving of {MIN_SAVING:.0%} is judged "
-            f"under each."
+            f"under each; a budget of time is overrun by up to two steps per stage, so measured shares up to {MAX_SHARE:.2f} count as "
+            f"{1 - MIN_SAVING:.2f}."
         ),
         Paragraph(
             text="Intervals. Differences are paired by held-out document and by seed: every document was read by both models, "
             "and only the difference is averaged. The 95% interval comes from resampling documents, and seeds where there are "
-            "several; with one seed it says nothing about what another seed would give."
+            "several; with one seed it says nothing about what another seed would "
+            "give, and with two or three it is too narrow where seeds differ much."
         ),
         Paragraph(
             text=f"Insufficient evidence. A gate passes or fails only if the whole interval lies on one side of its limit "

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ttt_lit.experiment.comparison import compare, target_loss
+from ttt_lit.experiment.comparison import Differences, compare, target_loss
+from ttt_lit.experiment.formats import billions, count, hours, loss
 from ttt_lit.experiment.page.blocks import Block, Cell, Gallery, Grid, Heading, Paragraph, Picture
-from ttt_lit.experiment.page.differences import NOT_USABLE, Differences, difference_lines, difference_text
+from ttt_lit.experiment.page.differences import NOT_USABLE, difference_lines, difference_text
 from ttt_lit.experiment.page.figures.bars import speed_figure, target_figure
 from ttt_lit.experiment.page.figures.frontier import ACCOUNT_NAMES, frontier_figure
 from ttt_lit.experiment.page.figures.positions import position_differences_figure, positions_figure
 from ttt_lit.experiment.page.figures.series import Against, series_figure
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.page.figures.timeline import timeline_figure
-from ttt_lit.experiment.formats import billions, count, hours, loss
 from ttt_lit.experiment.study import ACCOUNTS, Arm, FamilyStudy
 
 _AGAINST: dict[Against, str] = {"tokens": "tokens", "gpu_hours": "GPU-hours"}
@@ -107,7 +107,7 @@ def _frontiers(family: FamilyStudy, differences: Mapping[str, Differences]) -> l
                 title=f"Final loss against GPU-hours, {ACCOUNT_NAMES[account]}",
                 caption="Lower and further left is better. Ringed and dotted: the Pareto front. Hollow, joined: budgets that are "
                 "a share of the baseline's GPU-hours. Bars: 95% interval of the difference to the baseline. Pale line: the "
-                "baseline's loss on the fixed held-out subset while it trained. Ablations are left out.",
+                "baseline's loss on the fixed held-out subset while it trained, cut off at the top. Ablations are left out.",
                 alt=f"Scatter plot of final loss against GPU-hours ({ACCOUNT_NAMES[account]}) of every arm of {family.family}; "
                 "the same numbers stand in the table of arms.",
                 figure=frontier_figure(family, account, differences),
@@ -139,8 +139,8 @@ def _positions(family: FamilyStudy) -> list[Picture]:
         Picture(
             stem=stem(family, "positions"),
             title="Final loss by token position",
-            caption="Means over position buckets, inner loop as in the headline loss, mean over seeds. Falling to the right: "
-            "context helps.",
+            caption="Means over position buckets and over seeds, with the inner loop as in the loss that the arm is judged by. "
+            "Falling to the right: context helps.",
             alt=f"Line plot of final loss by token position for the token-matched arms of {family.family}.",
             figure=positions_figure(family),
         ),
@@ -172,7 +172,7 @@ def _time(family: FamilyStudy) -> list[Picture]:
             stem=stem(family, "target"),
             title=f"GPU-hours to {reached}",
             caption="The target is what the baseline had reached at its last evaluation on the fixed subset; between evaluations "
-            "losses are interpolated.",
+            "losses are interpolated, and an arm that was below the target at its first evaluation is drawn there.",
             alt=f"Bars of GPU-hours until the target loss for the arms of {family.family}.",
             figure=target_figure(family),
         ),

@@ -1,0 +1,146 @@
+"""What was measured, in words: conversions against the baseline and the full-attention controls, whatever the gates say of it.
+
+A reader's first question. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ttt_lit.experiment.comparison import Comparison, Differences, hours_ratio
+from ttt_lit.experiment.formats import NONE, billions, interval_text, loss
+from ttt_lit.experiment.gates import CandidateGates
+from ttt_lit.experiment.record import Role
+from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
+
+ACCOUNT_WORDS: dict[Account, str] = {"marginal": "run alone", "with_parents": "with parents"}
+_WORDS: dict[Role, str] = {"fa_import": "imported", "fa_scratch": "from scratch"}
+NOT_PROVED = "measured, not proved"
+"""Of numbers whose evidence is insufficient for a decision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One conversion at the baseline's number of tokens."""
+
+    candidate: str
+    state: str
+    """``NOT_PROVED`` where the wall-clock gate of the run alone has insufficient evidence."""
+    sentences: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.candidate}: {self.state}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One wall-clock-matched arm."""
+
+    arm: str
+    shares: tuple[str, ...]
+    """Measured GPU-hours as a share of the baseline's, one per account."""
+    loss: str
+    """Nats per token."""
+    difference: Comparison | None
+    """To the baseline."""
+    proved: bool
+
+
+def measured(
+    family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]
+) -> list[Measured]:
+    """Every conversion but ablations; ``differences``: of every arm, by name."""
+    return [
+        Measured(
+            candidate=each.name, state=_state(family, each), sentences=tuple(_sentences(family, each, differences))
+        )
+        for each in judged
+        if not each.variant
+    ]
+
+
+def budgets(
+    family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]
+) -> list[Budget]:
+    """Every wall-clock-matched arm of a conversion, smallest budget first."""
+    return [
+        Budget(
+            arm=arm.name,
+            shares=tuple(_ratio(arm, family.baseline, account) for account in ACCOUNTS),
+            loss=loss(arm.loss),
+            difference=differences[arm.name]["ttt_scratch"],
+            proved=_proved(each),
+        )
+        for each in judged
+        for arm in family.shares(each.experiment, each.variant).values()
+    ]
+
+
+def _proved(each: CandidateGates) -> bool:
+    return each.marginal.outcome != "insufficient"
+
+
+def _state(family: FamilyStudy, each: CandidateGates) -> str:
+    arm = family.matched(each.experiment, each.variant)
+    if arm is None or arm.loss is None:
+        return "not measured"
+    return "measured" if _proved(each) else NOT_PROVED
+
+
+def _sentences(family: FamilyStudy, each: CandidateGates, differences: Mapping[str, Differences]) -> Iterator[str]:
+    arm, baseline = family.matched(each.experiment, each.variant), family.baseline
+    if arm is None:
+        yield "There is no run at the baseline's number of tokens."
+        return
+    if arm.loss is None:
+        yield f"No loss was measured{'' if arm.finished else ', the run did not finish'}."
+        return
+    found = differences[arm.name]
+    yield f"{loss(arm.loss)} nats per token after {billions(arm.tokens)} tokens, {_to_baseline(arm, baseline, found)}"
+    controls: tuple[tuple[Arm | None, Role], ...] = ((family.fa_import, "fa_import"), (family.fa_scratch, "fa_scratch"))
+    yield (
+        "Against full attention: "
+        + "; ".join(
+            f"{_WORDS[role]}, {'no run' if control is None else f'{control.name}: {_difference(found[role])}'}"
+            for control, role in controls
+        )
+        + "."
+    )
+
+
+def _to_baseline(arm: Arm, baseline: Arm | None, found: Differences) -> str:
+    if baseline is None:
+        return "and there is no baseline to compare with."
+    if baseline.loss is None:
+        return f"and the baseline ({baseline.name}) has no loss to compare with."
+    return (
+        f"against {loss(baseline.loss)} of the baseline ({baseline.name}) after {billions(baseline.tokens)}: "
+        f"{_difference(found['ttt_scratch'])}. {_hours(arm, baseline)}"
+    )
+
+
+def _hours(arm: Arm, baseline: Arm) -> str:
+    unfinished = [each.name for each in (arm, baseline) if not each.finished]
+    if unfinished:
+        return f"GPU-hours are not compared: {' and '.join(unfinished)} did not finish."
+    times = ", ".join(f"{_ratio(arm, baseline, account)} {words}" for account, words in ACCOUNT_WORDS.items())
+    devices = {record.environment.device for each in (arm, baseline) for record in each.records}
+    apart = f" (on different devices: {', '.join(sorted(devices))})" if len(devices) > 1 else ""
+    return f"GPU-hours as a multiple of the baseline's: {times}{apart}."
+
+
+def _ratio(arm: Arm, baseline: Arm | None, account: Account) -> str:
+    ratio = None if baseline is None else hours_ratio(arm, baseline, account)
+    return NONE if ratio is None else f"{ratio:.3f}" if ratio < 1 else f"{ratio:.2f}"
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None or comparison.interval is None:
+        return "no difference can be formed"
+    over = comparison.interval
+    seeds = "1 seed" if over.seeds == 1 else f"{over.seeds} seeds"
+    return f"{interval_text(over)} over {over.documents} documents, {seeds}" + (
+        ", flagged" if comparison.reasons else ""
+    )
