@@ -1,4 +1,4 @@
-"""Tells others that a run is alive and how far it is: a lock while it trains, and ``progress.json``."""
+"""Tells others how far a run is: ``progress.json``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.experiment.launch.lock import RunLock
 from ttt_lit.experiment.launch.progress import Progress
 from ttt_lit.train.module import TTTModule
 
 
 class Heartbeat(L.Callback):
-    """Writes at optimiser-step boundaries and at the end, on rank 0. A run that another process trains is refused.
+    """Writes at optimiser-step boundaries and at the end, on rank 0.
 
     Args:
         every_seconds: least time between two writes.
@@ -27,14 +26,6 @@ class Heartbeat(L.Callback):
             raise ValueError(f"Heartbeat.every_seconds: got {every_seconds}, expected at least 0")
         self.every_seconds = every_seconds
         self._last = float("-inf")
-        self._lock: RunLock | None = None
-
-    def setup(self, trainer: L.Trainer, module: TTTModule, stage: str) -> None:  # type: ignore[override]
-        """Before anything of the run is read, so that a refused start has no record to spoil."""
-        if stage == "fit" and trainer.is_global_zero:
-            lock = RunLock(trainer.default_root_dir)
-            lock.acquire()
-            self._lock = lock
 
     def on_train_batch_end(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
         if module.at_boundary and time.monotonic() - self._last >= self.every_seconds:
@@ -42,17 +33,6 @@ class Heartbeat(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         self._write(trainer, module)
-
-    def on_exception(self, trainer: L.Trainer, module: TTTModule, exception: BaseException) -> None:  # type: ignore[override]
-        self._release()
-
-    def teardown(self, trainer: L.Trainer, module: TTTModule, stage: str) -> None:  # type: ignore[override]
-        self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def _write(self, trainer: L.Trainer, module: TTTModule) -> None:
         if not trainer.is_global_zero:

@@ -21,11 +21,11 @@ from ttt_lit.checkpoint.receipt import LineageStep
 from ttt_lit.checkpoint.store import save_checkpoint
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.parallel import gather
-from ttt_lit.train.resume import POINTER, checkpoints_folder
+from ttt_lit.train.resume import POINTER, ResumeWriter, checkpoints_folder
 from ttt_lit.train.start import optimizer_file
 
 
-class StageCheckpoint(L.Callback):
+class StageCheckpoint(L.Callback, ResumeWriter):
     """Saves to ``checkpoints/`` of the run's folder.
 
     Args:
@@ -38,9 +38,10 @@ class StageCheckpoint(L.Callback):
             raise ValueError(f"StageCheckpoint.every_seconds: got {every_seconds}, expected at least 0")
         self.every_seconds, self.optimizer = every_seconds, optimizer
         self._last = 0.0
+        self._saved: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
-        self._last = time.monotonic()
+        self._last, self._saved = time.monotonic(), None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
         # A stage whose time is over is saved at its end, with its validation; resumed here it would have nothing left to train.
@@ -55,7 +56,9 @@ class StageCheckpoint(L.Callback):
         self.save(trainer, module)
 
     def save(self, trainer: L.Trainer, module: TTTModule) -> None:
-        """Write what the run needs to go on, at an optimiser boundary (a collective call)."""
+        """Write what the run needs to go on, at an optimiser boundary (a collective call). Once a step: a second call does nothing."""
+        if self._saved == trainer.global_step:
+            return
         folder = checkpoints_folder(trainer.default_root_dir)
         path = folder / f"resume-{trainer.global_step}.ckpt"
         with module.ledger.account("checkpoint"):
@@ -63,7 +66,7 @@ class StageCheckpoint(L.Callback):
             trainer.strategy.barrier()
             if trainer.is_global_zero:
                 _point_to(folder, path)
-        self._last = time.monotonic()
+        self._last, self._saved = time.monotonic(), trainer.global_step
 
     def _export(self, trainer: L.Trainer, module: TTTModule) -> None:
         """Our checkpoint of the stage's model, full tensors, written by rank 0."""

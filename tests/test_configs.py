@@ -1,5 +1,7 @@
 """Every YAML that ships parses, resolves to numbers, and fits the files it names."""
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import get_args
@@ -7,6 +9,8 @@ from typing import get_args
 import pytest
 import yaml
 
+from ttt_lit.experiment.matrix import expand
+from ttt_lit.experiment.matrix_file import read_matrix
 from ttt_lit.families import family_of_config
 from ttt_lit.train.run import assemble
 from ttt_lit.train.run_config import Role
@@ -16,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "data").glob("*.yaml"))}
 ARMS = sorted(path.stem for path in (ROOT / "configs").glob("[gq]_*.yaml"))
 DEMO = {"q": ["configs/size/demo.yaml"], "g": ["configs/size/demo.yaml", "configs/size/demo_gemma.yaml"]}
+SHAPES = {"q": "configs/shapes/qwen2.5-1.5b.json", "g": "configs/shapes/gemma-3-1b-pt.json"}
 EXTERNAL = {"artifacts/demo/": "configs/demo/config.json", "artifacts/demo_gemma/": "configs/demo_gemma/config.json"}
 RUNS = {
     "bridge, full size": ["configs/q_p1_bridge.yaml"],
@@ -26,10 +31,16 @@ RUNS = {
 } | {f"{arm}, demo size": [f"configs/{arm}.yaml", *DEMO[arm[0]]] for arm in ARMS if arm != "q_p1_bridge"}
 
 
+@functools.cache
+def assembled(*configs):
+    """A run's parts from its configuration files; assembling takes a second, and nothing here changes them."""
+    arguments = [f"--config={ROOT / path}" for path in configs]
+    return assemble([*arguments, "--run.root=/nowhere", "--trainer.accelerator=cpu"], command="fit")
+
+
 @pytest.fixture(params=RUNS, ids=str)
-def parts(request, tmp_path):
-    configs = [f"--config={ROOT / path}" for path in RUNS[request.param]]
-    return assemble([*configs, f"--run.root={tmp_path}", "--trainer.accelerator=cpu"], command="fit")
+def parts(request):
+    return assembled(*RUNS[request.param])
 
 
 def test_a_run_resolves_to_whole_steps_that_spend_its_budget(parts):
@@ -69,11 +80,36 @@ def test_an_arm_is_named_after_its_file_and_knows_its_role(arm):
 
 
 def test_arms_of_a_comparison_differ_in_nothing_but_start_stages_and_layers():
-    """Budget, steps, optimiser, inner loop and validation are those of base.yaml in every arm."""
+    """Assembled, not as written: budget, steps, optimiser, inner loop, rates, schedules and carry are those of every other arm."""
+    seen: dict[str, object] = {}
     for arm in ARMS:
-        own = yaml.safe_load((ROOT / "configs" / f"{arm}.yaml").read_text())["model"]
-        assert set(own) <= {"start", "ttt", "stages", "validation"}
-        assert set(own.get("validation", {})) <= {"headline"}
+        module = assembled(f"configs/{arm}.yaml", *DEMO[arm[0]]).module
+        shared = {name: getattr(module, name) for name in ("size", "budget", "inner", "optim", "engine")}
+        shared["validation"] = dataclasses.replace(module.validation, headline="as_trained")
+        shared["start"] = dataclasses.replace(module.start_config, init="checkpoint", init_from="")
+        for name, stage in module.stages.enabled().items():
+            shared[f"stage {name}"] = dataclasses.replace(stage, attention="dense", mode="none")
+        for name, value in shared.items():
+            assert seen.setdefault(name, value) == value, (arm, name)
+
+
+@pytest.mark.parametrize("name", ["qwen_ablations", "gemma_policies"])
+def test_every_cell_of_an_ablation_trains_something_of_its_own(name, tmp_path):
+    """Two runs whose stages, networks and starts are equal would measure one thing twice and call it two."""
+    seen: dict[str, str] = {}
+    for planned in expand(read_matrix(ROOT / "configs/matrix" / f"{name}.yaml"), configs=str(ROOT / "configs")):
+        arguments = [str(ROOT / a) if a.startswith("configs/") else a for a in planned.arguments]
+        module = assemble([*arguments, f"--run.root={tmp_path}", "--trainer.accelerator=cpu"], command="fit").module
+        plans = plan_stages(module.stages, module.size, module.budget, devices=1)
+        shape = json.loads((ROOT / SHAPES[planned.experiment[0]]).read_text())
+        imported = family_of_config(shape).spec_from_config(shape)
+        trained = [
+            (p.network(imported).layers, p.config.mode, p.context, p.budget, p.config.carry, p.config.lr) for p in plans
+        ]
+        key = repr(
+            (trained, module.start_config, module.ttt, module.budget, planned.experiment[0], module.validation.headline)
+        )
+        assert seen.setdefault(key, planned.name) == planned.name
 
 
 @pytest.mark.parametrize(
@@ -93,13 +129,8 @@ def test_short_and_long_sets_share_their_split():
     assert DATA["dclm_8k.yaml"]["validation_fraction"] == DATA["books_32k.yaml"]["validation_fraction"]
 
 
-def test_the_sizes_keep_their_ratios(tmp_path):
-    full, demo = (
-        assemble(
-            [*(f"--config={ROOT / path}" for path in RUNS[name]), f"--run.root={tmp_path}"], command="fit"
-        ).module.size
-        for name in ("bridge, full size", "bridge, demo size")
-    )
+def test_the_sizes_keep_their_ratios():
+    full, demo = (assembled(*RUNS[name]).module.size for name in ("bridge, full size", "bridge, demo size"))
     for size in (full, demo):
         assert (size.long // size.short, size.window // size.short, size.short // size.chunk) == (4, 1, 8)
 

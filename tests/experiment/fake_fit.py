@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ttt_lit.experiment.launch.lock import RunLock
+from ttt_lit.train.lock import RunLock
 
 
 def main(arguments):

@@ -22,7 +22,10 @@ FALLING = tuple(3.0 - 0.02 * tenth for tenth in range(10))
 
 
 def validation(losses, *, context=CONTEXT, deciles=FALLING, short=None, inner="on"):
-    """Of documents with these losses (id → nats per token); ``deciles`` of each, or id → deciles; ``short`` likewise, default its loss."""
+    """Of blocks with these losses (id → nats per token), each a document of its own.
+
+    ``deciles``: of each, or id → deciles; ``short``: likewise, default its loss.
+    """
     documents = [
         Document(
             id=each,

@@ -400,6 +400,15 @@ def test_a_candidate_that_is_not_there_has_no_evidence():
     assert (gate.outcome, reason_kinds(gate.reasons)) == ("insufficient", {"no runs"})
 
 
+def test_what_is_counted_are_documents_not_the_blocks_cut_from_them():
+    family = study_of(HOLDS_FROM_HALF)
+    for record in (record for arm in family.arms for record in arm.records):
+        for number, block in enumerate(record.final().documents):
+            block.source = number // 2
+    gate = primary_gate(family, "q_p1_bridge", "", "marginal", resamples=100)
+    assert gate.reasons == ("q_ttt_scratch, seed 0, 1: demo size: 16 documents, an interval needs at least 20",)
+
+
 def test_the_same_number_of_tokens_is_a_number_of_the_gate_and_decides_nothing():
     family = study_of(HOLDS_FROM_HALF | {None: 0.05}, measured={None: 2.5})
     gate = primary_gate(family, "q_p1_bridge", "", "marginal", resamples=100)

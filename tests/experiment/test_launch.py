@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import yaml
 from rich.console import Console
 
 from ttt_lit.experiment.launch import command, slurm
-from ttt_lit.experiment.launch.folder import matched_budget
+from ttt_lit.experiment.launch.folder import NotFinished, matched_budget
 from ttt_lit.experiment.launch.local import LocalBackend, environments_for
-from ttt_lit.experiment.launch.lock import RunLock, holder
+from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.experiment.launch.loop import Board, launch
 from ttt_lit.experiment.launch.progress import Progress
 from ttt_lit.experiment.launch.schedule import ready, with_blocked
@@ -186,27 +187,149 @@ def test_a_refused_second_process_does_not_make_the_run_a_failure(runs_of):
     assert starts(run) == []
 
 
-def test_a_wall_clock_budget_is_decided_once(tmp_path, runs_of):
-    matched = {"arms": ["q_a"], "gpu_hours": {"of": "q_base", "shares": [0.35]}, "set": {"fake.ends": "late"}}
-    baseline, run = runs = runs_of({"arms": ["q_base"]}, matched)
-    assert run_all(runs).states[run.name] == "failed"
-    record = baseline.folder / "record.json"
-    plain = json.loads(record.read_text())
-    plain["totals"]["gpu_seconds"]["compute"] = 1.0  # the baseline was trained again
-    record.write_text(json.dumps(plain))
+def matched(of="q_base", how="late"):
+    return {"arms": ["q_a"], "gpu_hours": {"of": of, "shares": [0.35]}, "set": {"fake.ends": how}}
+
+
+def test_a_second_start_has_the_budget_of_the_first(runs_of):
+    runs = runs_of({"arms": ["q_base"]}, matched())
+    assert run_all(runs).states[runs[1].name] == "failed"
     assert run_all(runs).is_finished
-    for start in starts(run):
+    for start in starts(runs[1]):
         assert start["arguments"][-4:] == ["--model.budget.tokens", "null", "--model.budget.gpu_hours", "0.7"]
-    assert len(starts(run)) == 2
+    assert len(starts(runs[1])) == 2
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"totals": {"gpu_seconds": {"compute": 3600.0}}}, r"compute_seconds 7200.0 → 3600.0, gpu_hours 0.7 → 0.35"),
+        ({"started": "2026-01-02T00:00:00+00:00"}, r"started None → 2026-01-02"),
+    ],
+)
+def test_a_baseline_that_was_trained_again_changes_no_budget_silently(runs_of, change, named):
+    baseline, run = runs = runs_of({"arms": ["q_base"]}, matched())
+    run_all(runs)
+    record = baseline.folder / "record.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    board = run_all(runs)
+    assert board.states[run.name] == "failed"
+    assert re.search(rf"budget\.json: .*{named}.*delete this file", board.reasons[run.name])
+    (run.folder / "budget.json").unlink()
+    assert run_all(runs).is_finished
+
+
+def test_another_baseline_changes_no_budget_silently(runs_of):
+    both = [{"arms": ["q_base"]}, {"arms": ["q_b"]}]
+    run_all(runs_of(*both, matched()))
+    (*_, run) = runs = runs_of(*both, matched("q_b"))
+    assert "of q_base/m → q_b/m" in run_all(runs).reasons[run.name]
 
 
 def test_a_budget_needs_a_finished_baseline(tmp_path):
-    with pytest.raises(ValueError, match="not finished, so its GPU-hours are not known"):
-        matched_budget(tmp_path / "run", tmp_path / "baseline", 0.5)
+    with pytest.raises(NotFinished, match="not finished, so its GPU-hours are not known"):
+        matched_budget(tmp_path / "run", "q/baseline", tmp_path / "baseline", 0.5)
     assert not (tmp_path / "run").exists()
 
 
-def press_ctrl_c_when(condition):
+def test_a_run_whose_files_cannot_be_read_fails_alone(runs_of):
+    broken, well = runs = runs_of({"arms": ["q_a"]}, {"arms": ["q_b"]})
+    broken.folder.mkdir(parents=True)
+    for content, message in (("{", "record.json: not JSON"), ("[]", "record.json: got list, expected an object")):
+        (broken.folder / "record.json").write_text(content)
+        board = run_all(runs)
+        assert board.states == {broken.name: "failed", well.name: "finished"}
+        assert message in board.reasons[broken.name]
+
+
+def test_a_record_that_breaks_while_a_run_trains_fails_that_run_alone(runs_of):
+    broken, well = runs = runs_of(ends("waits", "q_a"), ends("waits", "q_b"))
+
+    def view(board):
+        if all((run.folder / "record.json").exists() for run in runs) and not (well.folder / "go").exists():
+            os.kill(starts(broken)[0]["pid"], signal.SIGKILL)
+            (broken.folder / "record.json").write_text("{")
+            (well.folder / "go").touch()
+
+    board = launch(runs, local(2), view, slots=2, poll_seconds=0.01)
+    assert board.states == {broken.name: "failed", well.name: "finished"}
+    assert "not JSON" in board.reasons[broken.name]
+
+
+def test_a_run_that_was_killed_says_so_although_its_record_does_not(runs_of):
+    (run,) = runs_of(ends("waits", "q_a"))
+
+    def view(board):
+        if (run.folder / "record.json").exists() and board.states[run.name] == "running":
+            os.kill(starts(run)[0]["pid"], signal.SIGKILL)
+
+    board = launch([run], local(), view, slots=1, poll_seconds=0.01)
+    assert board.reasons == {run.name: "exit status -9, and the record still says running: training"}
+
+
+# GPUs of runs that an earlier launcher began ------------------------------------------------------------------------------------
+
+
+def with_gpus(*devices):
+    places = [environment() | ({} if one is None else {"CUDA_VISIBLE_DEVICES": one}) for one in devices]
+    return LocalBackend((sys.executable, str(FAKE)), places)
+
+
+def test_a_living_run_of_an_earlier_launcher_keeps_its_gpus(runs_of):
+    old, new = runs = runs_of(ends("waits", "q_a"), {"arms": ["q_b"]})
+    earlier = with_gpus("0", "1")
+    earlier.start(old, old.arguments)
+    try:
+        while holder(old.folder) is None:
+            time.sleep(0.01)
+
+        def view(board):
+            if board.states[new.name] == "finished":
+                (old.folder / "go").touch()
+
+        assert launch(runs, with_gpus("0", "1"), view, slots=2, poll_seconds=0.01).is_finished
+    finally:
+        earlier.stop()
+    assert [starts(run)[0]["environment"]["CUDA_VISIBLE_DEVICES"] for run in runs] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "place, room",
+    [
+        ({"slot": 1, "devices": "1"}, 1),
+        ({"slot": 0, "devices": "0,1"}, 0),  # begun with --jobs 1 and CUDA_VISIBLE_DEVICES
+        ({"slot": 0, "devices": None}, 0),  # begun with --jobs 1: all GPUs
+        (None, 2),  # begun by hand
+    ],
+)
+def test_gpus_are_compared_and_not_places(runs_of, place, room):
+    (run,) = runs_of({"arms": ["q_a"]})
+    lock = RunLock(run.folder)
+    lock.acquire()
+    if place is not None:
+        (run.folder / "slot.json").write_text(json.dumps(place))
+    backend = with_gpus("0", "1")
+    assert backend.adopt(run)
+    assert backend.room() == room
+    lock.release()
+    assert backend.room() == 2
+
+
+def test_without_gpus_places_are_compared(runs_of):
+    (run,) = runs_of({"arms": ["q_a"]})
+    lock = RunLock(run.folder)
+    lock.acquire()
+    (run.folder / "slot.json").write_text(json.dumps({"slot": 1, "devices": None}))
+    backend = with_gpus(None, None)
+    assert backend.adopt(run)
+    assert backend.room() == 1
+    lock.release()
+
+
+# Ending the launcher ------------------------------------------------------------------------------------------------------------
+
+
+def send_when(condition, number):
     """From another thread, as a terminal would; gives up after a while so that a defect fails and does not hang."""
 
     def wait():
@@ -214,14 +337,15 @@ def press_ctrl_c_when(condition):
             if condition():
                 break
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_ctrl_c_stops_the_runs_and_says_what_to_do(runs_of, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_stops_the_runs_and_says_what_to_do(runs_of, capsys, number):
     runs = runs_of(ends("waits", "q_a", "q_b"))
-    press_ctrl_c_when(lambda: all((run.folder / "record.json").exists() for run in runs))
+    send_when(lambda: all((run.folder / "record.json").exists() for run in runs), number)
     console = Console(force_terminal=False)
     status = command.run_to_end("m", runs, local(2), slots=2, console=console, poll_seconds=0.01)
     assert status == 130
@@ -230,6 +354,53 @@ def test_ctrl_c_stops_the_runs_and_says_what_to_do(runs_of, capsys):
         assert holder(run.folder) is None
         with pytest.raises(ProcessLookupError):
             os.kill(starts(run)[0]["pid"], 0)
+
+
+@pytest.fixture
+def told():
+    """Signals that reached the handlers from before the launcher."""
+    seen = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, lambda got, _: seen.append(got))
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_closing_terminal_may_say_so_twice_while_runs_stop(runs_of, told):
+    """A second interruption would kill them before they have saved."""
+    (run,) = runs_of(ends("waits", "q_a"))
+    backend, stopped = local(), []
+    stop = backend.stop
+
+    def stop_told_again():
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        stop()
+        stopped.append(True)
+
+    backend.stop = stop_told_again
+    send_when(lambda: (run.folder / "record.json").exists(), signal.SIGHUP)
+    status = command.run_to_end("m", [run], backend, slots=1, console=Console(force_terminal=False), poll_seconds=0.01)
+    assert (status, stopped, told) == (130, [True], [])
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert told == [signal.SIGTERM]  # the handlers are back
+
+
+def test_nohup_is_respected(runs_of, told):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    (run,) = runs_of(ends("waits", "q_a"))
+
+    def hang_up_then_let_it_end():
+        if (run.folder / "record.json").exists():
+            os.kill(os.getpid(), signal.SIGHUP)
+            (run.folder / "go").touch()
+        return (run.folder / "go").exists()
+
+    send_when(hang_up_then_let_it_end, signal.SIGHUP)
+    status = command.run_to_end("m", [run], local(), slots=1, console=Console(force_terminal=False), poll_seconds=0.01)
+    assert status == 0
 
 
 def test_a_run_that_does_not_stop_is_killed(tmp_path, runs_of):
@@ -284,7 +455,7 @@ def test_a_lock_is_exclusive_names_its_holder_and_ends_with_it(tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = f"import os; from ttt_lit.experiment.launch.lock import RunLock; RunLock({str(tmp_path)!r}).acquire(); os.kill(os.getpid(), 9)"
+    code = f"import os; from ttt_lit.train.lock import RunLock; RunLock({str(tmp_path)!r}).acquire(); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     assert (tmp_path / "run.lock").exists()
     assert holder(tmp_path) is None
@@ -405,6 +576,98 @@ def test_a_later_launcher_finds_the_jobs_again(runs_of, cluster):
     assert launch([run], later, view, slots=None, poll_seconds=0.05).is_finished
     assert len(starts(run)) == 1
     assert len(cluster.jobs) == 1
+
+
+class Job:
+    """A job that has ended by the time it is looked at, after ``does``."""
+
+    job_id = "7"
+
+    def __init__(self, does):
+        self.does = does
+
+    def done(self):
+        self.does()
+        return True
+
+
+class Ended:
+    """A cluster whose jobs end at once; ``how``: name of a job → what happens while it runs."""
+
+    def __init__(self, **how):
+        self.how = how
+
+    def submit(self, folder, parameters, job):
+        (folder / "7_0_log.err").write_text("slurmstepd: error: out of memory\n")
+        return Job(lambda: self.how[parameters["name"].split("-")[0]](folder.parent))
+
+    def find(self, folder, job_id, tasks):
+        return Job(lambda: None)
+
+
+def recording(status):
+    def write(folder):
+        (folder / "record.json").write_text(json.dumps({"status": status, "reason": f"it was {status}"}))
+
+    return write
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def on(cluster, runs):
+    backend = slurm.SlurmBackend(SETTINGS, "fake_fit:main", lambda: cluster)
+    return launch(runs, backend, lambda board: None, slots=None, poll_seconds=0.01)
+
+
+def test_a_job_that_the_cluster_refuses_or_loses_fails_alone(runs_of, monkeypatch):
+    runs = runs_of({"arms": ["q_a"]}, {"arms": ["q_b"]}, {"arms": ["q_c"]})
+    cluster = Ended(q_b=raising(RuntimeError("sacct is gone")), q_c=recording("finished"))
+    submit = cluster.submit
+
+    def submit_but(folder, parameters, job):
+        if parameters["name"] == "q_a-m":
+            raise RuntimeError("sbatch: invalid partition")  # as submitit's FailedSubmissionError
+        return submit(folder, parameters, job)
+
+    monkeypatch.setattr(cluster, "submit", submit_but)
+    board = on(cluster, runs)
+    assert board.states == {"q_a/m": "failed", "q_b/m": "failed", "q_c/m": "finished"}
+    assert board.reasons["q_a/m"] == "the cluster could not submit the job of q_a/m: sbatch: invalid partition"
+    assert board.reasons["q_b/m"] == "the cluster could not look at the job of q_b/m: sacct is gone"
+
+
+def test_a_file_of_a_job_that_cannot_be_read_fails_its_run_alone(runs_of):
+    runs = runs_of({"arms": ["q_a"]}, {"arms": ["q_c"]})
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "slurm.json").write_text("{}")
+    board = on(Ended(q_c=recording("finished")), runs)
+    assert board.states == {"q_a/m": "failed", "q_c/m": "finished"}
+    assert "slurm.json: job_id is missing" in board.reasons["q_a/m"]
+
+
+@pytest.mark.parametrize(
+    "before, during, state, reason",
+    [
+        ("interrupted", None, "failed", "ended before it began to train: slurmstepd: error: out of memory"),
+        ("failed", None, "failed", "ended before it began to train: slurmstepd: error: out of memory"),
+        ("failed", "running", "failed", "ended, and the record still says running: slurmstepd: error: out of memory"),
+        (None, "failed", "failed", "it was failed"),
+        ("failed", "interrupted", "interrupted", "it was interrupted"),
+    ],
+)
+def test_a_record_from_before_a_job_says_nothing_about_it(runs_of, before, during, state, reason):
+    (run,) = runs_of({"arms": ["q_a"]})
+    run.folder.mkdir(parents=True)
+    if before is not None:
+        recording(before)(run.folder)
+        os.utime(run.folder / "record.json", (1, 1))
+    board = on(Ended(q_a=(lambda folder: None) if during is None else recording(during)), [run])
+    assert (board.states[run.name], board.reasons[run.name]) == (state, reason)
 
 
 def test_a_preempted_job_makes_the_same_call_again():

@@ -9,7 +9,7 @@ from records import run
 import cli
 from ttt_lit.experiment.report import console, read_records, tables
 
-IDS = [f"{index:03}" for index in range(24)]
+IDS = [f"{index:03}" for index in range(32)]
 
 
 def says(record, *parts):
@@ -126,8 +126,9 @@ def test_more_than_three_runs_are_decided_together_in_short():
         "qwen2: not yet",
         "q_p1_bridge: measured, not proved",
         "2.9000 nats per token after 125.8M tokens, against 3.0000 of the baseline (q_ttt_scratch)",
-        "−0.1000 [−0.1000, −0.1000] over 24 documents, 1 seed. GPU-hours as a multiple of the baseline's: 2.50 run alone",
-        "imported, q_fa_import: +0.1000 [+0.1000, +0.1000] over 24 documents, 1 seed, flagged; from scratch, no run.",
+        "difference −0.1000 [−0.1000, −0.1000] (95% interval over 32 blocks of 32 documents, 1 seed). GPU-hours as a multiple",
+        "of the baseline's: 2.50 run alone, 2.50 with parents.",
+        "Against full attention: imported (q_fa_import) +0.1000 [+0.1000, +0.1000] (flagged); from scratch, no run.",
         "What would change it: First of all this has to change: no run at 0.35",
     ):
         assert part in text, part

@@ -16,8 +16,10 @@ from ttt_lit.experiment.comparison import compare_all
 from ttt_lit.experiment.formats import interval_text
 from ttt_lit.experiment.gates import judge_candidates
 from ttt_lit.experiment.page import write_report
+from ttt_lit.experiment.page.blocks import Listing
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.html import html_page
+from ttt_lit.experiment.page.parts.closing import problems
 from ttt_lit.experiment.page.sheets import runs_csv
 from ttt_lit.experiment.record import Bucket, Model, Parent, Start, Throughput, Transition
 from ttt_lit.experiment.study import read_study
@@ -377,3 +379,11 @@ def test_the_command_writes_the_page_and_says_where_without_torch(tmp_path):
     assert f"written to {tmp_path / 'out' / 'report.html'}" in result.stdout
     assert f"python cli.py report {tmp_path / 'runs'}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert cli.COMMANDS["report"].__doc__
+
+
+def test_two_baselines_are_one_too_many_and_not_called_missing():
+    study = read_study([arm("one", "ttt_scratch", 2.6, hours=1), arm("two", "ttt_scratch", 2.6, hours=1)])
+    (listing,) = (block for block in problems(study, {}) if isinstance(block, Listing))
+    assert any("2 arms have the role ttt_scratch" in item for item in listing.items)
+    assert not any("no run of role ttt_scratch" in item for item in listing.items)
+    assert any("no run of role fa_import" in item for item in listing.items)

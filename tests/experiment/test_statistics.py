@@ -28,7 +28,7 @@ def every_resample(values):
 def test_resampled_means_are_distributed_as_enumeration_says(shape):
     values = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])[: shape[0] * shape[1]].reshape(shape)
     exact = Counter(round(mean, 9) for mean in every_resample(values))
-    drawn = Counter(np.round(_bootstrap_means(values, 20_000, np.random.default_rng(0)), 9).tolist())
+    drawn = Counter(np.round(_bootstrap_means(values, np.ones(shape[1]), 20_000, np.random.default_rng(0)), 9).tolist())
     assert set(drawn) <= set(exact)
     for mean, count in exact.items():
         share = count / sum(exact.values())
@@ -76,6 +76,37 @@ def test_documents_alone_would_promise_too_much_where_seeds_differ():
     assert over_documents < 0.6
 
 
+def test_blocks_of_one_document_count_as_one_unit():
+    """Blocks that repeat each other add nothing: the interval is that of the documents alone."""
+    values = np.random.default_rng(4).normal(size=(2, 12))
+    once = mean_interval(named(values))
+    repeated = {f"d{index:03}": index // 3 for index in range(36)}
+    fourfold = mean_interval(named(values.repeat(3, axis=1)), documents=repeated)
+    assert (fourfold.blocks, fourfold.documents) == (36, 12)
+    assert (fourfold.low, fourfold.high) == pytest.approx((once.low, once.high))
+    assert mean_interval(named(values.repeat(3, axis=1))).width < 0.75 * once.width
+
+
+def test_a_document_weighs_as_many_times_as_it_has_blocks():
+    values, documents = np.array([[1.0, 1.0, 1.0, 5.0]]), {"d000": 7, "d001": 7, "d002": 7, "d003": 3}
+    interval = mean_interval(named(values), documents=documents, level=0.999)
+    assert interval.estimate == pytest.approx(2.0)
+    assert (interval.low, interval.high) == (1.0, 5.0)
+
+
+@pytest.mark.parametrize("known, hits", [(True, (0.88, 0.98)), (False, (0.0, 0.75))])
+def test_only_resampled_documents_hold_the_truth_where_blocks_of_one_resemble_each_other(known, hits):
+    generator = np.random.default_rng(7)
+    documents = {f"d{index:03}": index // 4 for index in range(120)} if known else None
+
+    def hit():
+        values = generator.normal(0, 0.03, (1, 30)).repeat(4, axis=1) + generator.normal(0, 0.01, (1, 120))
+        interval = mean_interval(named(values), documents=documents, resamples=300)
+        return interval.low <= 0 <= interval.high
+
+    assert hits[0] <= np.mean([hit() for _ in range(200)]) <= hits[1]
+
+
 def test_pairing_cancels_how_hard_a_document_is():
     generator = np.random.default_rng(0)
     hardness = generator.normal(3, 1, (1, 50))
@@ -105,11 +136,11 @@ def test_candidate_i_is_paired_with_baseline_i():
     "candidate, baseline, message",
     [
         ([{"a": 1.0}], [{"b": 1.0}], "0 in common"),
-        ([{"a": 1.0}], [{"a": 1.0, "b": 1.0}], "1 and 2 documents"),
+        ([{"a": 1.0}], [{"a": 1.0, "b": 1.0}], "1 and 2 blocks"),
         ([{"a": 1.0}, {"b": 1.0}], [{"a": 1.0}, {"a": 1.0}], "0 in common"),
         ([{"a": 1.0}], [{"a": 1.0}, {"a": 1.0}], "1 and 2 seeds"),
-        ([], [], "no documents"),
-        ([{}], [{}], "no documents"),
+        ([], [], "no blocks"),
+        ([{}], [{}], "no blocks"),
         ([{"a": float("nan")}], [{"a": 1.0}], "not finite"),
     ],
 )

@@ -230,6 +230,10 @@ def test_a_flagged_control_forbids_what_is_compared_with_it():
     assert compared["fa_scratch"] is None
 
 
+def test_a_start_is_known_by_its_source_even_where_its_weights_have_no_hash():
+    assert "cannot be told" in flags(only_arm(control(None, 3.0, start=Start(source="checkpoint"))), resamples=50)[0]
+
+
 def test_a_start_that_was_not_measured_is_not_taken_for_a_good_one():
     assert "cannot be told" in flags(only_arm(control(None, 3.0)), resamples=50)[0]
     assert flags(only_arm(control(None, 3.0, start=Start())), resamples=50) == []  # random weights

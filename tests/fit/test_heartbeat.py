@@ -6,7 +6,7 @@ import tiny
 from fitting import run
 
 from callbacks.heartbeat import Heartbeat
-from ttt_lit.experiment.launch.lock import RunLock, holder
+from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.experiment.launch.progress import Progress
 from ttt_lit.train.run import assemble, fit
 

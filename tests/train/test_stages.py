@@ -104,6 +104,14 @@ def test_the_window_is_a_share_of_the_sizes(share, window):
     assert plan.window == window
 
 
+def test_a_stage_reads_the_same_blocks_whatever_stands_before_it():
+    """The order of the data is keyed by the stage's name, not by its place in the run."""
+    alone = plan_stages(Stages(C=C), DEMO, Budget(tokens=40960), devices=1)
+    after = plan_stages(Stages(B1=dataclasses.replace(B1, share=0.2), C=C), DEMO, Budget(tokens=40960), devices=1)
+    assert alone[0].index != after[1].index
+    assert alone[0].order == after[1].order != after[0].order
+
+
 def test_dense_attention_has_no_limit():
     plan = plan_stages(Stages(B0=StageConfig(attention="dense")), DEMO, Budget(tokens=4096), devices=1)[0]
     assert plan.window is None
@@ -120,25 +128,25 @@ IMPORTED = tiny_spec(LayerSpec(), LayerSpec(window=100), LayerSpec(), ttt_layer(
 def test_a_stage_makes_its_network_from_the_imported_one():
     assert only(StageConfig()).network(IMPORTED) == windowed(IMPORTED, 256)
     assert only(StageConfig(attention="dense")).network(IMPORTED) == IMPORTED
-    ablated = only(StageConfig(sink_tokens=4, full_attention_layers=[2])).network(IMPORTED)
-    assert [(layer.window, layer.sink_tokens) for layer in ablated.layers] == [(256, 4), (100, 0), (None, 0), (256, 4)]
-    assert ablated == windowed(IMPORTED, 256, sink_tokens=4, keep=(2,))
+    ablated = only(StageConfig(window_share=0.5, sink_tokens=4, full_attention_layers=[2])).network(IMPORTED)
+    assert [(layer.window, layer.sink_tokens) for layer in ablated.layers] == [(128, 4), (100, 0), (None, 0), (128, 4)]
+    assert ablated == windowed(IMPORTED, 128, sink_tokens=4, keep=(2,))
 
 
 @pytest.mark.parametrize("mode", ["none", "static", "meta", "first_order"])
 def test_layers_keep_their_attention_in_every_mode(mode):
-    plan = only(StageConfig(mode=mode, full_attention_layers=[3]))
-    assert [layer.window for layer in plan.network(IMPORTED).layers] == [256, 100, 256, None]
+    plan = only(StageConfig(mode=mode, window_share=0.5, full_attention_layers=[3]))
+    assert [layer.window for layer in plan.network(IMPORTED).layers] == [128, 100, 128, None]
 
 
 @pytest.mark.parametrize("layers, unknown", [([4], [4]), ([-1, 0], [-1]), ([3, 9, 7], [7, 9])])
 def test_a_layer_to_keep_must_exist(layers, unknown):
     start = SimpleNamespace(spec=IMPORTED)
     rest = (StartConfig(init_from="."), InnerLoop(), DEMO)
-    check_stages([only(StageConfig(full_attention_layers=[0, 3]))], start, *rest)
+    check_stages([only(StageConfig(window_share=0.5, full_attention_layers=[0, 3]))], start, *rest)
     message = rf"^stage B1: full_attention_layers: got {re.escape(str(unknown))}, expected layer indices from 0 to 3$"
     with pytest.raises(ValueError, match=message):
-        check_stages([only(StageConfig(full_attention_layers=layers))], start, *rest)
+        check_stages([only(StageConfig(window_share=0.5, full_attention_layers=layers))], start, *rest)
 
 
 @pytest.mark.parametrize("training, off", [("none", "none"), ("static", "static"), ("meta", "static")])
@@ -155,6 +163,12 @@ WRONG = {
     ),
     "sinks in a mode that is measured with updates": (
         Stages(B2=StageConfig(mode="static", sink_tokens=4)), {}, {}, "stage B2: sink_tokens 4 with mode static",
+    ),
+    "sinks in a window that spans the context": (
+        Stages(B1=StageConfig(sink_tokens=4)), {}, {}, "stage B1: sink_tokens and full_attention_layers change nothing .*window_share",
+    ),
+    "a layer kept where the window spans the context": (
+        Stages(B1=StageConfig(full_attention_layers=[0])), {}, {}, "the window of 256 tokens spans the context of 256",
     ),
     "sinks without a window": (
         Stages(B0=StageConfig(attention="dense", sink_tokens=4)), {}, {}, "stage B0: sink_tokens 4 has no effect with attention dense",

@@ -1,5 +1,8 @@
 """Compiled, the engine computes what it computes eagerly; where nothing can compile, it says so and goes on."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -10,6 +13,8 @@ from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
 import ttt_lit.ttt.compiled as compiled
 from ttt_lit.model.spec import LayerSpec
 from ttt_lit.ops.attention import kernels_that_ran
+from ttt_lit.ttt.chunk import KeyValues, LayerInput, layer_kind, run_layer
+from ttt_lit.ttt.dual import Dual
 from ttt_lit.ttt.model import TTTModel
 from ttt_lit.ttt.settings import EngineConfig
 
@@ -85,10 +90,98 @@ def test_one_shape_through_the_real_compiler():
     if compiled._missing_compiler("cpu") is not None:
         pytest.skip("no C++ compiler on this machine: torch.compile cannot generate code for a CPU")
     decoder = decoder_of(ttt_layer(window=5), ttt_layer(window=6))
-    # Writing to the cache of compiled graphs can end the process (torch 2.13, a deep recursion in pickle below a test runner).
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        assert_equals_naive(decoder, random_tokens(1, 9), chunk=4, engine=COMPILED)
+    assert_equals_naive(decoder, random_tokens(1, 9), chunk=4, engine=COMPILED)
     torch._dynamo.reset()
+
+
+# A graph that returns a linear map's result and a view of it, as a layer does with its products and its values.
+A_PRODUCT_AND_ITS_VIEW = """
+import torch
+from torch._dynamo.utils import counters
+from ttt_lit.ttt.compiled import BACKEND, _compiler
+
+def both(x, weight):
+    y = torch.nn.functional.linear(x, weight)
+    return y, y.unflatten(-1, (-1, 3)).transpose(1, 2)
+
+torch.manual_seed(0)
+x, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+for got, expected in zip(torch.compile(both, backend=_compiler(BACKEND), fullgraph=True)(x, weight), both(x, weight)):
+    torch.testing.assert_close(got, expected)
+    for g, e in zip(*(torch.autograd.grad(t.square().sum(), (x, weight), retain_graph=True) for t in (got, expected))):
+        torch.testing.assert_close(g, e)
+print("generated code found:", counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_reads_the_caches_of_the_first(tmp_path):
+    """It finds the generated code of forward and backward there, and is right."""
+    if compiled._missing_compiler("cpu") is not None:
+        pytest.skip("no C++ compiler on this machine: torch.compile cannot generate code for a CPU")
+    found = []
+    for _ in range(2):
+        process = subprocess.run(
+            [sys.executable, "-c", A_PRODUCT_AND_ITS_VIEW],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr
+        found.append(process.stdout.strip())
+    assert found == ["generated code found: 0", "generated code found: 2"]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Per graph that the engine has compiled: whether AOTAutograd's cache was on meanwhile."""
+    cached = []
+
+    def compile_graph(graph, _):
+        cached.append(torch._functorch.config.enable_autograd_cache)
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _: compile_graph)
+    for cache in (compiled._compiler, compiled._compiled_layer):
+        cache.cache_clear()
+    yield cached
+    for cache in (compiled._compiler, compiled._compiled_layer):
+        cache.cache_clear()
+    torch._dynamo.reset()
+
+
+def layer_of(decoder, index):
+    """Kind, weights and rotation tables of a layer of a suffix, for chunks of four tokens."""
+    kind = layer_kind(decoder.spec, index, device=torch.device("cpu"), dtype=torch.float64)
+    rope = decoder.rope(4, torch.zeros((), dtype=torch.float64))[index]
+    return kind, dict(decoder.block(index).named_parameters()), rope
+
+
+def test_the_autograd_cache_is_off_for_what_the_engine_compiles_alone(graphs):
+    decoder, x = decoder_of(ttt_layer(), LayerSpec()), torch.zeros(2, 4, 8, dtype=torch.float64)
+    with torch._functorch.config.patch(enable_autograd_cache=True):
+        kind, weights, rope = layer_of(decoder, 1)
+        compiled._run_compiled(kind, weights, Dual(x), LayerInput(rope))
+        assert graphs == [False]
+        compiled.compile_blocks(decoder)
+        decoder.block(1)(x, *rope, layer=decoder.spec.layers[1], use_prime=True)
+        assert graphs == [False, False]
+        assert torch._functorch.config.enable_autograd_cache
+
+
+def test_a_growing_past_is_compiled_once(graphs):
+    kind, weights, rope = layer_of(decoder_of(ttt_layer(), LayerSpec()), 1)
+    draw = torch.Generator().manual_seed(0)
+    for length in (4, 8, 12):
+        x, *past = (
+            torch.randn(shape, dtype=torch.float64, generator=draw)
+            for shape in [(2, 4, 8), (2, 1, length, 4), (2, 1, length, 4)]
+        )
+        given = LayerInput(rope, KeyValues(*past))
+        got = compiled._run_compiled(kind, weights, Dual(x), given)
+        torch.testing.assert_close(got.x.value, run_layer(kind, weights, Dual(x), given).x.value)
+    assert len(graphs) == 1
 
 
 def test_by_default_only_cuda_is_compiled():

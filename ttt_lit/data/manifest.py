@@ -45,7 +45,7 @@ class SplitEntry:
     documents_too_short: int
     """Documents of this side that were left out: fewer tokens than one context."""
     tokens: int
-    """Tokens in the shards, EOS included."""
+    """Tokens in the shards, EOS included. BOS is not among them: it is put before a block when that is served."""
     raw_bytes: int
     """UTF-8 bytes of the documents' texts, whole, before the tokenizer's normalisation."""
     normalized_bytes: int
@@ -54,7 +54,7 @@ class SplitEntry:
     """Bytes, as normalised, of the tokens in the shards. Less than normalized_bytes where a document's rest fills no
     block."""
     blocks: int
-    """Whole blocks of context + 1 tokens: what is served at the folder's own context."""
+    """Whole blocks of context + 1 tokens, BOS included: what is served at the folder's own context."""
     tokens_not_served: int
     """Tokens after the last whole block. No block is lost at a shard's end."""
     shards: tuple[ShardEntry, ...]
@@ -84,6 +84,8 @@ class Manifest:
     tokenizer_hash: str
     vocab_size: int
     eos_id: int
+    bos_id: int | None
+    """First token of every block; null where the tokenizer puts none before a text."""
     split: str
     """The split rule, see ``split.split_rule``."""
     token_bytes: FileEntry
@@ -106,6 +108,10 @@ class Manifest:
         entry: SplitEntry = getattr(self, split)
         return entry
 
+    def text_tokens(self, block_tokens: int) -> int:
+        """Tokens of the shards in a block of ``block_tokens`` tokens."""
+        return text_tokens(block_tokens, self.bos_id)
+
     def num_blocks(self, split: str, block_tokens: int) -> int:
         """Blocks of ``block_tokens`` tokens that the split can serve. A per_document folder has its own block size
         only."""
@@ -115,7 +121,7 @@ class Manifest:
                 f" tokens (context {self.context} + 1); prepare another with context {block_tokens - 1}, or layout"
                 " packed"
             )
-        return self.side(split).tokens // block_tokens
+        return self.side(split).tokens // self.text_tokens(block_tokens)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -135,7 +141,8 @@ class Manifest:
             if version != FORMAT_VERSION:
                 raise ValueError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {remake(folder)}")
             sides = {split: _split_entry(data.pop(split)) for split in ("train", "validation")}
-            return cls(**data | sides | {"token_bytes": FileEntry(**data["token_bytes"])})
+            # A manifest without bos_id is from before there was one, and its blocks have none.
+            return cls(**{"bos_id": None} | data | sides | {"token_bytes": FileEntry(**data["token_bytes"])})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a manifest ({error}); {remake(folder)}") from error
 
@@ -156,6 +163,14 @@ class Manifest:
                         f"{folder / entry.file}: damaged or from another data set, its SHA-256 is not the manifest's;"
                         f" {remake(folder)}"
                     )
+
+
+def text_tokens(block_tokens: int, bos_id: int | None) -> int:
+    """Tokens of text in a block of ``block_tokens`` tokens: all, or all but the first, which is BOS.
+
+    BOS is an input only. Every target is text, and consecutive blocks leave out no token.
+    """
+    return block_tokens if bos_id is None else block_tokens - 1
 
 
 def file_entry(folder: Path, name: str) -> FileEntry:

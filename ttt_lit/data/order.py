@@ -71,8 +71,8 @@ class ShuffledOrder:
         self._prepare_caches()
 
 
-def first_blocks(shard_starts: np.ndarray, block_tokens: int) -> np.ndarray:
-    """(shards + 1,): the first block that begins in each shard. A block that crosses a boundary belongs to the shard
-    of its first token."""
-    num_blocks = int(shard_starts[-1]) // block_tokens
-    return np.minimum(-(-shard_starts // block_tokens), num_blocks)
+def first_blocks(shard_starts: np.ndarray, text_tokens: int) -> np.ndarray:
+    """(shards + 1,): the first block of ``text_tokens`` tokens of the shards that begins in each shard. A block that
+    crosses a boundary belongs to the shard of its first token."""
+    num_blocks = int(shard_starts[-1]) // text_tokens
+    return np.minimum(-(-shard_starts // text_tokens), num_blocks)

@@ -44,10 +44,11 @@ class PrepareConfig:
     output: str
     """Folder to make."""
     context: int
-    """Tokens that a model reads at once. Blocks hold one more; documents of fewer tokens are left out."""
+    """Tokens that a model reads at once. Blocks hold one more, and begin with BOS where the tokenizer puts it before a
+    text; documents of fewer tokens are left out."""
     layout: Layout
-    """packed: documents one after another, blocks cross them. per_document: a document's whole blocks only, none
-    crosses a document."""
+    """packed: documents one after another, blocks cross them; EOS stands between two, BOS only at a block's start.
+    per_document: a document's whole blocks only, none crosses a document."""
     train_tokenizer: int | None = None
     """Vocabulary size of a tokenizer to train on the train documents where the tokenizer folder does not exist. None:
     it must exist."""
@@ -219,7 +220,8 @@ class _Run:
             return
         state = json.loads(self.journal.read_text())
         _check_same(self.config, state["config"], self.folder)
-        if state["tokenizer_hash"] != self.tokenizer.hash:
+        # Where documents are cut depends on BOS, which the hash alone does not decide.
+        if (state["tokenizer_hash"], state.get("bos_id")) != (self.tokenizer.hash, self.tokenizer.bos_id):
             raise ValueError(
                 f"{self.folder}: begun with another tokenizer than {self.config.tokenizer}; delete it and run prepare"
                 " again"
@@ -239,6 +241,7 @@ class _Run:
         state = {
             "config": self.config.recorded(),
             "tokenizer_hash": self.tokenizer.hash,
+            "bos_id": self.tokenizer.bos_id,
             "documents": self.documents,
             "generation": self.generation,
             "chain": self.chain.hex(),
@@ -311,6 +314,7 @@ class _Run:
             tokenizer_hash=self.tokenizer.hash,
             vocab_size=self.tokenizer.vocab_size,
             eos_id=self.tokenizer.eos_id,
+            bos_id=self.tokenizer.bos_id,
             split=split_rule(self.config.validation_fraction),
             token_bytes=file_entry(self.folder, "token_bytes.npy"),
             train=self.writers["train"].finish(),

@@ -25,7 +25,7 @@ from ttt_lit.data.shards import TokenReader, torchvision_problem
 from ttt_lit.identity import hash_file
 
 Batch = dict[str, torch.Tensor]
-"""tokens: (batch, block_tokens) int64; index: (batch,) int64, the block's number in its split."""
+"""tokens: (batch, block_tokens) int64, BOS first where the folder has one; index: (batch,) int64, the block's number in its split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class StreamRequest:
     split: str
     """train or validation."""
     block_tokens: int
-    """context + 1."""
+    """context + 1, BOS included."""
     batch_size: int
     """Sequences per rank and micro-batch."""
     num_batches: int | None
@@ -81,18 +81,22 @@ class MicroBatches(Dataset[Batch]):
         reader: TokenReader,
         order: Callable[[int], int],
         *,
-        block_tokens: int,
+        text_tokens: int,
+        bos_id: int | None,
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
-        self.reader, self.order = reader, order
-        self.block_tokens, self.batch_size, self.rank, self.world_size = block_tokens, batch_size, rank, world_size
+        """A block is ``bos_id``, if there is one, and ``text_tokens`` tokens of the reader."""
+        self.reader, self.order, self.text_tokens, self.bos_id = reader, order, text_tokens, bos_id
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def __getitem__(self, number: int) -> Batch:
         first = (number * self.world_size + self.rank) * self.batch_size
         blocks = [self.order(position) for position in range(first, first + self.batch_size)]
-        tokens = np.stack([self.reader.read(block * self.block_tokens, self.block_tokens) for block in blocks])
+        tokens = np.stack([self.reader.read(block * self.text_tokens, self.text_tokens) for block in blocks])
+        if self.bos_id is not None:
+            tokens = np.insert(tokens, 0, self.bos_id, axis=1)
         return {"tokens": torch.from_numpy(tokens), "index": torch.tensor(blocks, dtype=torch.int64)}
 
 
@@ -184,8 +188,8 @@ class TokenDataModule(lightning.LightningDataModule):
         self._verified = True
 
     def check_model(self, vocab_size: int, tokenizer_hash: str | None) -> None:
-        """The data must be the model's: ids below ``vocab_size``, and the same tokenizer where its hash is known.
-        Raises ValueError."""
+        """The data must be the model's: ids, BOS too, below ``vocab_size``, and the same tokenizer where its hash is
+        known. Raises ValueError."""
         for dataset, folder in self.folders.items():
             if folder is None:
                 continue
@@ -193,6 +197,11 @@ class TokenDataModule(lightning.LightningDataModule):
             if manifest.vocab_size > vocab_size:
                 raise ValueError(
                     f"data folder {folder}: vocabulary of {manifest.vocab_size} tokens, the model has {vocab_size};"
+                    " prepare it with the model's tokenizer"
+                )
+            if manifest.bos_id is not None and not 0 <= manifest.bos_id < vocab_size:
+                raise ValueError(
+                    f"data folder {folder}: blocks begin with token {manifest.bos_id}, the model has {vocab_size} tokens;"
                     " prepare it with the model's tokenizer"
                 )
             if tokenizer_hash is not None and manifest.tokenizer_hash != tokenizer_hash:
@@ -211,7 +220,7 @@ class TokenDataModule(lightning.LightningDataModule):
         """(B,) int64: the document, numbered in its split, in which each block of ``index`` (B,) begins."""
         manifest = self.manifest(request.dataset)
         starts = np.load(self._folder(request.dataset) / manifest.side(request.split).document_starts.file)
-        first = index.numpy() * request.block_tokens
+        first = index.numpy() * manifest.text_tokens(request.block_tokens)
         return torch.from_numpy(np.searchsorted(starts, first, side="right") - 1)
 
     def identity(self, dataset: str) -> str:
@@ -237,6 +246,7 @@ class TokenDataModule(lightning.LightningDataModule):
         manifest = self.manifest(request.dataset)
         folder = self._folder(request.dataset)
         num_blocks = manifest.num_blocks(request.split, request.block_tokens)
+        text_tokens = manifest.text_tokens(request.block_tokens)
         per_batch = request.batch_size * world_size
         what = f"{folder} ({request.split})"
         if num_blocks == 0:
@@ -246,9 +256,7 @@ class TokenDataModule(lightning.LightningDataModule):
         reader = TokenReader(folder, manifest.side(request.split), manifest.vocab_size)
         order: SpreadOrder | ShuffledOrder
         if request.split == "train":
-            order = ShuffledOrder(
-                first_blocks(reader.starts, request.block_tokens), seed=self.seed, stage=request.stage
-            )
+            order = ShuffledOrder(first_blocks(reader.starts, text_tokens), seed=self.seed, stage=request.stage)
         else:
             wanted = (request.num_batches or 0) * per_batch
             order = SpreadOrder(num_blocks, wanted)
@@ -260,7 +268,8 @@ class TokenDataModule(lightning.LightningDataModule):
         batches = MicroBatches(
             reader,
             order,
-            block_tokens=request.block_tokens,
+            text_tokens=text_tokens,
+            bos_id=manifest.bos_id,
             batch_size=request.batch_size,
             rank=rank,
             world_size=world_size,
@@ -292,13 +301,18 @@ class TokenDataModule(lightning.LightningDataModule):
 
 
 def _check_together(manifests: dict[str, Manifest]) -> None:
-    """Short and long documents of one run share tokenizer and split, or one's validation would be in the other's
+    """Short and long documents of one run share tokenizer, BOS and split, or one's validation would be in the other's
     training."""
     if len(manifests) < 2:
         return
     short, long = manifests["short"], manifests["long"]
     if short.tokenizer_hash != long.tokenizer_hash:
         raise ValueError("data folders short and long: made with different tokenizers; prepare both with the model's")
+    if short.bos_id != long.bos_id:
+        raise ValueError(
+            f"data folders short and long: blocks begin differently (bos_id {short.bos_id}, {long.bos_id}); prepare both"
+            " anew with the model's tokenizer"
+        )
     if short.split != long.split:
         raise ValueError(
             f"data folders short and long: split differently ({short.split!r}, {long.split!r}); prepare both with one"

@@ -35,6 +35,9 @@ class TextTokenizer:
     """Largest token id + 1, added tokens included. A model's embedding may be longer (padding), never shorter."""
     eos_id: int
     """The token between documents."""
+    bos_id: int | None
+    """The token that the tokenizer itself puts before a text, so that the model has seen no sequence without it. None: it
+    puts none."""
     token_bytes: np.ndarray
     """(vocab_size,) int32: bytes of normalised text per token; 0 for tokens that never arise from text."""
     forbidden: np.ndarray
@@ -64,11 +67,12 @@ def load_tokenizer(name: str) -> TextTokenizer:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}")
+    bos_id = _find_bos(tokenizer, name)
     full = json.loads(backend.to_str())
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(vocabulary.values()) + 1
     byte_level = _is_byte_level(full, name)
-    blocked = special_strings(full) | {tokenizer.eos_token}
+    blocked = special_strings(full) | {tokenizer.eos_token} | ({tokenizer.bos_token} if bos_id is not None else set())
     definition = text_only(full, blocked)
     added = {token["content"] for token in definition["added_tokens"]}
     forbidden = np.ones(vocab_size, dtype=bool)
@@ -83,6 +87,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         hash=_known_hash(folder),
         vocab_size=vocab_size,
         eos_id=int(tokenizer.eos_token_id),
+        bos_id=bos_id,
         token_bytes=token_bytes,
         forbidden=forbidden,
         definition=json.dumps(definition, ensure_ascii=False),
@@ -120,6 +125,24 @@ def _known_hash(folder: Path) -> str:
     if digest is None:
         raise FileNotFoundError(f"tokenizer {folder}: expected a folder with one of {', '.join(DEFINING_FILES)}")
     return digest
+
+
+def _find_bos(tokenizer: Any, name: str) -> int | None:
+    """What stands before a text once it is encoded. No setting tells: many tokenizers name a BOS token and put none, and
+    a post-processor may put one whatever ``add_bos_token`` says."""
+    whole: list[int] = tokenizer("x")["input_ids"]
+    text: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
+    starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
+    before = whole[: next(starts, len(whole))]
+    if not before:
+        return None
+    if before != [tokenizer.bos_token_id]:
+        raise ValueError(
+            f"tokenizer {name}: puts {tokenizer.convert_ids_to_tokens(before)} before a text, expected nothing or"
+            f" its bos_token alone, which is {tokenizer.bos_token!r}; correct bos_token or the post_processor in the"
+            " tokenizer's folder"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 def special_strings(full: dict[str, Any]) -> set[str]:

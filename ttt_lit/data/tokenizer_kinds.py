@@ -106,6 +106,7 @@ def train_byte_fallback(read_texts: ReadTexts, vocab_size: int) -> Trained:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    # Gemma's own also puts <bos> before every text. A model trained on this one has never seen it there.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return tokenizer, {"tokenizer_class": "GemmaTokenizer", **SPECIAL_TOKENS}
 

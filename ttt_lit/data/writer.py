@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ttt_lit.data.corpus import Document
-from ttt_lit.data.manifest import Layout, ShardEntry, SplitEntry, file_entry
+from ttt_lit.data.manifest import Layout, ShardEntry, SplitEntry, file_entry, text_tokens
 from ttt_lit.data.shards import write_index, write_shard
 from ttt_lit.data.split import Split
 from ttt_lit.data.tokenizer import TextTokenizer
@@ -69,8 +69,10 @@ class SplitWriter:
         self, folder: Path, split: Split, tokenizer: TextTokenizer, *, context: int, layout: Layout, shard_tokens: int
     ) -> None:
         self.folder, self.split, self.tokenizer, self.layout = folder, split, tokenizer, layout
-        self.block_tokens = context + 1
-        self.shard_tokens = shard_tokens // self.block_tokens * self.block_tokens
+        self.context = context
+        self.block_text = text_tokens(context + 1, tokenizer.bos_id)
+        """Tokens that a block takes from the shards."""
+        self.shard_tokens = shard_tokens // self.block_text * self.block_text
         self.counts = Counts()
         self.shards: list[ShardEntry] = []
         self._descriptions: list[dict[str, Any]] = []
@@ -85,13 +87,13 @@ class SplitWriter:
     def add(self, document: Document, ids: np.ndarray) -> bool:
         """Append a document of ``ids``, (tokens,) int32, and an EOS. True if that finished a shard."""
         counts = self.counts
-        if len(ids) < self.block_tokens - 1:
+        if len(ids) < self.context:
             counts.documents_too_short += 1
             return False
         kept = np.append(ids, np.int32(self.tokenizer.eos_id))
         ends_with_eos = True
         if self.layout == "per_document":
-            whole = len(kept) // self.block_tokens * self.block_tokens
+            whole = len(kept) // self.block_text * self.block_text
             ends_with_eos = whole == len(kept)
             kept = kept[:whole]
         self._logs["starts"].append(counts.tokens)
@@ -117,7 +119,7 @@ class SplitWriter:
         names = {"eos": f"{self.split}/eos.npy", "starts": f"{self.split}/document_starts.npy"}
         for key, name in names.items():
             self._logs[key].export(self.folder / name)
-        blocks, rest = divmod(self.counts.tokens, self.block_tokens)
+        blocks, rest = divmod(self.counts.tokens, self.block_text)
         return SplitEntry(
             **dataclasses.asdict(self.counts),
             blocks=blocks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ttt_lit.experiment.formats import nats
@@ -19,7 +19,7 @@ CONTROLS: tuple[Role, ...] = ("fa_import", "control")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Candidate − reference, headline loss in nats per token, paired by document and seed."""
+    """Candidate − reference, headline loss in nats per token, paired by held-out block and seed."""
 
     candidate: str
     reference: str
@@ -47,7 +47,9 @@ def compare(candidate: Arm, reference: Arm, *, resamples: int = RESAMPLES) -> Co
     return Comparison(
         candidate=candidate.name,
         reference=reference.name,
-        interval=_paired([ours[seed] for seed in common], [theirs[seed] for seed in common], resamples),
+        interval=_paired(
+            [ours[seed] for seed in common], [theirs[seed] for seed in common], candidate.sources, resamples
+        ),
         reasons=tuple(dict.fromkeys(reasons)),
     )
 
@@ -95,13 +97,13 @@ def _worse_than_start(arm: Arm, resamples: int) -> Iterator[str]:
     """On the positions of the short context, which is what the start checkpoint was made for."""
     starts, finals = [], []
     for record, final in zip(arm.records, arm.finals(), strict=True):
-        if record.start.weights_hash is None and record.start_validation is None:
+        if record.start.source is None and record.start_validation is None:
             continue  # random weights: there is no start to be worse than
         starts.append(_short(record.start_validation))
         finals.append(_short(final))
     if not starts:
         return
-    interval = _paired(finals, starts, resamples)
+    interval = _paired(finals, starts, arm.sources, resamples)
     if interval is None:
         yield "whether it is worse than the checkpoint that it started from cannot be told: the two were not measured on the same documents"
     elif interval.estimate > MAX_DELTA and interval.low > 0:
@@ -115,13 +117,15 @@ def _short(validation: Validation | None) -> dict[str, float]:
     return {document.id: document.short for document in validation.documents} if validation else {}
 
 
-def _paired(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], resamples: int) -> Interval | None:
+def _paired(
+    ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], sources: Mapping[str, int], resamples: int
+) -> Interval | None:
     """The interval, or None where there is nothing to pair: other documents, none at all, or a loss that is not finite."""
     tables = [*ours, *theirs]
     comparable = bool(tables) and bool(tables[0]) and all(table.keys() == tables[0].keys() for table in tables)
     if not comparable or not all(math.isfinite(loss) for table in tables for loss in table.values()):
         return None
-    return paired_difference(ours, theirs, resamples=resamples)
+    return paired_difference(ours, theirs, documents=sources, resamples=resamples)
 
 
 def hours_ratio(arm: Arm, baseline: Arm, account: Account) -> float | None:

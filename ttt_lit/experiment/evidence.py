@@ -62,8 +62,9 @@ def _demo_size(record: RunRecord) -> Iterator[str]:
         yield f"demo size: {record.totals.tokens:,} training tokens, at least {DEMO_TOKENS:,} are needed"
     if final is not None and final.context < DEMO_CONTEXT:
         yield f"demo size: a long context of {final.context:,} tokens, at least {DEMO_CONTEXT:,} are needed"
-    if final is not None and len(final.documents) < MIN_DOCUMENTS:
-        yield f"demo size: {len(final.documents)} documents, an interval needs at least {MIN_DOCUMENTS}"
+    sources = set() if final is None else {block.source for block in final.documents}
+    if final is not None and len(sources) < MIN_DOCUMENTS:
+        yield f"demo size: {len(sources)} documents, an interval needs at least {MIN_DOCUMENTS}"
 
 
 def missing_shares(arms: Mapping[float, Arm]) -> Iterator[str]:

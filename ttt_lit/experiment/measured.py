@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from ttt_lit.experiment.comparison import Comparison, Differences, hours_ratio
 from ttt_lit.experiment.formats import NONE, billions, interval_text, loss
 from ttt_lit.experiment.gates import CandidateGates
-from ttt_lit.experiment.record import Role
 from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
 
 ACCOUNT_WORDS: dict[Account, str] = {"marginal": "run alone", "with_parents": "with parents"}
-_WORDS: dict[Role, str] = {"fa_import": "imported", "fa_scratch": "from scratch"}
 NOT_PROVED = "measured, not proved"
 """Of numbers whose evidence is insufficient for a decision."""
 
@@ -99,15 +97,14 @@ def _sentences(family: FamilyStudy, each: CandidateGates, differences: Mapping[s
         return
     found = differences[arm.name]
     yield f"{loss(arm.loss)} nats per token after {billions(arm.tokens)} tokens, {_to_baseline(arm, baseline, found)}"
-    controls: tuple[tuple[Arm | None, Role], ...] = ((family.fa_import, "fa_import"), (family.fa_scratch, "fa_scratch"))
     yield (
-        "Against full attention: "
-        + "; ".join(
-            f"{_WORDS[role]}, {'no run' if control is None else f'{control.name}: {_difference(found[role])}'}"
-            for control, role in controls
-        )
-        + "."
+        f"Against full attention: {_to_control('imported', family.fa_import, found['fa_import'])}; "
+        f"{_to_control('from scratch', family.fa_scratch, found['fa_scratch'])}."
     )
+
+
+def _to_control(words: str, control: Arm | None, comparison: Comparison | None) -> str:
+    return f"{words}, no run" if control is None else f"{words} ({control.name}) {_difference(comparison)}"
 
 
 def _to_baseline(arm: Arm, baseline: Arm | None, found: Differences) -> str:
@@ -116,8 +113,8 @@ def _to_baseline(arm: Arm, baseline: Arm | None, found: Differences) -> str:
     if baseline.loss is None:
         return f"and the baseline ({baseline.name}) has no loss to compare with."
     return (
-        f"against {loss(baseline.loss)} of the baseline ({baseline.name}) after {billions(baseline.tokens)}: "
-        f"{_difference(found['ttt_scratch'])}. {_hours(arm, baseline)}"
+        f"against {loss(baseline.loss)} of the baseline ({baseline.name}) after {billions(baseline.tokens)}: difference "
+        f"{_difference(found['ttt_scratch'])}{_sample(found['ttt_scratch'])}. {_hours(arm, baseline)}"
     )
 
 
@@ -139,8 +136,12 @@ def _ratio(arm: Arm, baseline: Arm | None, account: Account) -> str:
 def _difference(comparison: Comparison | None) -> str:
     if comparison is None or comparison.interval is None:
         return "no difference can be formed"
+    return interval_text(comparison.interval) + (" (flagged)" if comparison.reasons else "")
+
+
+def _sample(comparison: Comparison | None) -> str:
+    if comparison is None or comparison.interval is None:
+        return ""
     over = comparison.interval
     seeds = "1 seed" if over.seeds == 1 else f"{over.seeds} seeds"
-    return f"{interval_text(over)} over {over.documents} documents, {seeds}" + (
-        ", flagged" if comparison.reasons else ""
-    )
+    return f" ({over.level:.0%} interval over {over.blocks} blocks of {over.documents} documents, {seeds})"

@@ -94,8 +94,8 @@ def long_token_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
     if tables is None:
         reason = f"not every seed has finite losses in {DECILES} tenths of the positions for the same documents"
         return _gate("long-token loss", arm, [("insufficient", reason)])
-    whole = _step(tables, 1, DECILES - 1, resamples)
-    steps = {later: _step(tables, later - 1, later, resamples) for later in range(1, DECILES)}
+    whole = _step(tables, 1, DECILES - 1, arm.sources, resamples)
+    steps = {later: _step(tables, later - 1, later, arm.sources, resamples) for later in range(1, DECILES)}
     steepest = max(steps, key=lambda later: steps[later].estimate)
     overall = [_bounded(whole, 0.0, "last tenth of the positions minus the second")]
     rises = {
@@ -135,10 +135,14 @@ def _deciles(arm: Arm) -> list[dict[str, list[float]]] | None:
     return tables if rows and same and sound else None
 
 
-def _step(tables: list[dict[str, list[float]]], earlier: int, later: int, resamples: int) -> Interval:
-    """Loss of one tenth minus that of another, paired inside each document."""
+def _step(
+    tables: list[dict[str, list[float]]], earlier: int, later: int, sources: Mapping[str, int], resamples: int
+) -> Interval:
+    """Loss of one tenth minus that of another, paired inside each block."""
     return mean_interval(
-        [{each: row[later] - row[earlier] for each, row in table.items()} for table in tables], resamples=resamples
+        [{each: row[later] - row[earlier] for each, row in table.items()} for table in tables],
+        documents=sources,
+        resamples=resamples,
     )
 
 

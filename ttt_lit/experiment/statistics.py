@@ -1,8 +1,8 @@
 """Confidence intervals over held-out documents: paired, by the percentile bootstrap, the same at every call.
 
-Two runs that read the same documents are compared document by document: how hard a document is affects both and cancels. Documents
-are then resampled with replacement, and with several seeds the seeds too, each independently of the other (Owen, 2007, "The pigeonhole
-bootstrap").
+Two runs that read the same held-out blocks are compared block by block: how hard a block is affects both and cancels. Blocks that were
+cut from one document are not independent, so whole documents are then resampled with replacement (a cluster bootstrap), and with several
+seeds the seeds too, each independently of the other (Owen, 2007, "The pigeonhole bootstrap").
 
 numpy is loaded by the first interval, not by the import: the summary of a few runs in the terminal needs none.
 """
@@ -33,7 +33,9 @@ class Interval:
     low: float
     high: float
     level: float = LEVEL
+    blocks: int
     documents: int
+    """From which the blocks were cut: the number of independent units."""
     seeds: int
 
     @property
@@ -55,40 +57,43 @@ def paired_difference(
     candidate: Sequence[Mapping[str, float]],
     baseline: Sequence[Mapping[str, float]],
     *,
+    documents: Mapping[str, int] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = LEVEL,
 ) -> Interval:
-    """Mean of candidate − baseline over documents and seeds; below zero the candidate is better.
+    """Mean of candidate − baseline over blocks and seeds; below zero the candidate is better.
 
     Parameters:
-        candidate: document id → nats per token, one mapping per training seed.
+        candidate: block id → nats per token, one mapping per training seed.
         baseline: the same; ``candidate[i]`` is paired with ``baseline[i]``.
+        documents: block id → the document it was cut from; None: each block is a document of its own.
         resamples: of the bootstrap.
-        seed: of the bootstrap. Equal arguments give equal intervals, in whatever order a mapping lists its documents.
+        seed: of the bootstrap. Equal arguments give equal intervals, in whatever order a mapping lists its blocks.
         level: of the interval.
 
     Raises:
-        ValueError: not the same documents everywhere, none at all, or a loss that is not finite.
+        ValueError: not the same blocks everywhere, none at all, or a loss that is not finite.
     """
     if len(candidate) != len(baseline):
         raise ValueError(
             f"paired_difference: got {len(candidate)} and {len(baseline)} seeds, expected pairs; drop the seeds without a partner"
         )
     ids = _common_ids([*candidate, *baseline])
-    return _interval(_table(candidate, ids) - _table(baseline, ids), resamples, seed, level)
+    return _interval(_table(candidate, ids) - _table(baseline, ids), _clusters(ids, documents), resamples, seed, level)
 
 
 def mean_interval(
-    values_by_document: Sequence[Mapping[str, float]],
+    values_by_block: Sequence[Mapping[str, float]],
     *,
+    documents: Mapping[str, int] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = LEVEL,
 ) -> Interval:
-    """Mean of one quantity over documents and seeds; parameters and errors as for ``paired_difference``."""
-    ids = _common_ids(values_by_document)
-    return _interval(_table(values_by_document, ids), resamples, seed, level)
+    """Mean of one quantity over blocks and seeds; parameters and errors as for ``paired_difference``."""
+    ids = _common_ids(values_by_block)
+    return _interval(_table(values_by_block, ids), _clusters(ids, documents), resamples, seed, level)
 
 
 def level_change(series: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Change:
@@ -131,14 +136,14 @@ def _block_means(values: np.ndarray, resamples: int, generator: np.random.Genera
 
 
 def _common_ids(tables: Sequence[Mapping[str, float]]) -> list[str]:
-    """The documents, sorted: resampling must not depend on the order in which a file lists them."""
+    """The blocks, sorted: resampling must not depend on the order in which a file lists them."""
     if not tables or not tables[0]:
-        raise ValueError("confidence interval: got no documents, expected at least one; the run was not measured")
+        raise ValueError("confidence interval: got no blocks, expected at least one; the run was not measured")
     for table in tables[1:]:
         if table.keys() != tables[0].keys():
             common = len(table.keys() & tables[0].keys())
             raise ValueError(
-                f"confidence interval: got {len(tables[0])} and {len(table)} documents with {common} in common, expected the same "
+                f"confidence interval: got {len(tables[0])} and {len(table)} blocks with {common} in common, expected the same "
                 "ones everywhere; measure all runs on the same held-out data"
             )
     return sorted(tables[0])
@@ -153,32 +158,54 @@ def _table(tables: Sequence[Mapping[str, float]], ids: Sequence[str]) -> np.ndar
     return values
 
 
-def _interval(values: np.ndarray, resamples: int, seed: int, level: float) -> Interval:
-    """Of the mean of ``values`` (seeds, documents)."""
+def _clusters(ids: Sequence[str], documents: Mapping[str, int] | None) -> np.ndarray:
+    """(blocks,) number of each block's document, from 0 in the order of the blocks."""
+    import numpy as np
+
+    names = list(ids) if documents is None else [documents[each] for each in ids]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
+
+
+def _interval(values: np.ndarray, clusters: np.ndarray, resamples: int, seed: int, level: float) -> Interval:
+    """Of the mean of ``values`` (seeds, blocks); ``clusters`` (blocks,): the document of each."""
     import numpy as np
 
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(
             f"confidence interval: got {resamples} resamples at level {level}, expected ≥ 1 and 0 < level < 1"
         )
-    seeds, documents = values.shape
-    means = _bootstrap_means(values, resamples, np.random.default_rng(seed))
+    seeds, blocks = values.shape
+    sizes = np.bincount(clusters)
+    sums = np.stack([np.bincount(clusters, weights=row) for row in values])
+    means = _bootstrap_means(sums, sizes, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(
-        estimate=float(values.mean()), low=float(low), high=float(high), level=level, documents=documents, seeds=seeds
+        estimate=float(values.mean()),
+        low=float(low),
+        high=float(high),
+        level=level,
+        blocks=blocks,
+        documents=len(sizes),
+        seeds=seeds,
     )
 
 
-def _bootstrap_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """(resamples,) means of tables made of resampled rows and resampled columns of ``values`` (seeds, documents)."""
+def _bootstrap_means(sums: np.ndarray, sizes: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """(resamples,) means over blocks of resampled rows and resampled columns.
+
+    Parameters:
+        sums: (seeds, documents) sums of the values of each document's blocks.
+        sizes: (documents,) numbers of blocks.
+    """
     import numpy as np
 
-    seeds, documents = values.shape
+    seeds, documents = sums.shape
     means = []
     for start in range(0, resamples, _BATCH):
         size = min(_BATCH, resamples - start)
         # How often each document and each seed was drawn, which is all that a mean depends on.
         columns = generator.multinomial(documents, np.full(documents, 1 / documents), size)
         rows = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size)
-        means.append(((columns @ values.T) * rows).sum(1) / (seeds * documents))
+        means.append(((columns @ sums.T) * rows).sum(1) / (seeds * (columns @ sizes)))
     return np.concatenate(means)

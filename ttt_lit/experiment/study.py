@@ -55,11 +55,17 @@ class Arm:
         return [record.final(inner) for record in self.records]
 
     def documents(self, inner: Headline | None = None) -> list[dict[str, float]]:
-        """Per seed, document id → nats per token; empty where it was not measured. A diverged run's may be NaN."""
+        """Per seed, held-out block id → nats per token; empty where it was not measured. A diverged run's may be NaN."""
         return [
             {document.id: document.nats_per_token for document in final.documents} if final else {}
             for final in self.finals(inner)
         ]
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Held-out block id → the document it was cut from, over all seeds, with what was measured at the start."""
+        validations = [v for record in self.records for v in (record.final(), record.start_validation) if v]
+        return {block.id: block.source for validation in validations for block in validation.documents}
 
     @property
     def loss(self) -> float | None:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 POINTER = "last.json"
+
+
+class ResumeWriter(ABC):
+    """The callback of a run that writes its resume files; others ask it for one."""
+
+    @abstractmethod
+    def save(self, trainer: Any, module: Any) -> None:
+        """Write what the run needs to go on, unless this start has done so at this very step. At an optimiser boundary, on all ranks."""
 
 
 def checkpoints_folder(run: str | Path) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run_config import RunConfig
+from ttt_lit.train.run_folder import claimed, is_finished
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 
@@ -149,11 +150,19 @@ def _print(text: str) -> None:
 
 
 def fit(arguments: list[str]) -> int:
-    """Start a run or continue it. Returns the exit status."""
+    """Start a run or continue it. Returns the exit status. RuntimeError: another process trains this run.
+
+    Rank 0 holds the run's lock from before the first look into its folder until it leaves, however that is. Where it is refused, the
+    other ranks wait for it in vain until their launcher (torchrun, srun) ends them, as after any failure of one rank.
+    """
     parts = assemble(arguments, command="fit")
+    with claimed(parts.run.folder, parts.config) if parts.trainer.is_global_zero else contextlib.nullcontext():
+        return _train(parts)
+
+
+def _train(parts: Assembled) -> int:
     folder = parts.run.folder
-    _claim(folder, parts.config)
-    if _is_finished(folder):
+    if is_finished(folder):
         _print(f"{folder}: this run is finished; give another --run.id to run it again")
         return 0
     resume = resume_file(folder)
@@ -165,9 +174,6 @@ def fit(arguments: list[str]) -> int:
         last = resume_file(folder)
         _print(f"{folder}: the same command continues from {last.name if last else 'the beginning'}")
         raise KeyboardInterrupt from None
-    except (ValueError, OSError):
-        _discard_unused(folder)
-        raise
     _leave_process_group()
     return 0
 
@@ -177,17 +183,6 @@ def _leave_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-@rank_zero_only
-def _discard_unused(folder: Path) -> None:
-    """Remove what a refused start left behind: Lightning opens its logger before anything is checked."""
-    if (folder / "record.json").exists() or not folder.is_dir():
-        return
-    for path in (folder / "config.yaml", folder / "hparams.yaml", *folder.glob("events.out.tfevents.*")):
-        path.unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def validate(arguments: list[str]) -> int:
@@ -205,42 +200,3 @@ def validate(arguments: list[str]) -> int:
             f"({result.tokens} tokens in {result.blocks} blocks)"
         )
     return 0
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether the record says so. A diverged run is an error: continuing would diverge again."""
-    path = folder / "record.json"
-    if not path.is_file():
-        return False
-    record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if record["status"] == "diverged":
-        raise ValueError(
-            f"{folder}: this run diverged ({record['reason']}); change the configuration and give another --run.id"
-        )
-    return bool(record["status"] == "finished")
-
-
-@rank_zero_only
-def _claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write the resolved configuration into a new run's folder; a known run must have the same one."""
-    path = folder / "config.yaml"
-    if path.is_file():
-        changed = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
-        begun = (folder / "record.json").exists() or resume_file(folder) is not None
-        if changed and begun:
-            raise ValueError(
-                f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); give another --run.id"
-            )
-        if not changed:
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(old) + [key for key in new if key not in old]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
-    return [] if old == new else [where]

@@ -208,7 +208,13 @@ def _window(name: str, config: StageConfig, size: SizeConfig) -> int | None:
                     f"stage {name}: {setting} {value} has no effect with attention dense; remove one of them"
                 )
         return None
-    return max(1, round(config.window_share * size.window))
+    window = max(1, round(config.window_share * size.window))
+    if (config.sink_tokens or config.full_attention_layers) and window >= size.context(config.context):
+        raise ValueError(
+            f"stage {name}: sink_tokens and full_attention_layers change nothing while the window of {window} tokens spans the context of "
+            f"{size.context(config.context)}; lower window_share"
+        )
+    return window
 
 
 def _micro_batches(name: str, context: int, size: SizeConfig, devices: int) -> tuple[int, int]:

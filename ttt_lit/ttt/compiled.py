@@ -47,6 +47,9 @@ def layer_runner(setting: bool | None, device: torch.device) -> RunLayer:
 
 
 def _run_compiled(kind: LayerKind, weights: Weights, x: Dual, given: LayerInput) -> LayerResult:
+    for carried in given.past or ():
+        # A past that grows with every chunk: without the mark, torch compiles its first length for that length alone.
+        torch._dynamo.maybe_mark_dynamic(carried, 2)
     return _compiled_layer(BACKEND, kind)(kind, weights, x, given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -69,21 +70,26 @@ def run_to_end(
 ) -> int:
     """Launch, show, and say at the end what is left to do. Returns the exit status."""
     view = LiveTable(title, console) if console.is_terminal else Lines(_print)
-    try:
-        with _terminated_is_interrupted(), view:
-            board = launch(runs, backend, view, slots=slots, poll_seconds=poll_seconds)
-    except KeyboardInterrupt:
-        if backend.stops_with_launcher:
-            print("stopping the runs (Ctrl-C again kills them) …", file=sys.stderr, flush=True)
+    with _ended_is_interrupted():  # until the runs have stopped
+        try:
+            with view:
+                board = launch(runs, backend, view, slots=slots, poll_seconds=poll_seconds)
+        except KeyboardInterrupt:
+            _stop(backend)
+            return 130
+        except BaseException:
             backend.stop()
-            print("stopped; the same command continues every run from its last resume file", file=sys.stderr)
-        else:
-            print("the jobs go on without the launcher; the same command finds them again", file=sys.stderr)
-        return 130
-    except BaseException:
-        backend.stop()
-        raise
+            raise
     return _summary(board)
+
+
+def _stop(backend: Backend) -> None:
+    if not backend.stops_with_launcher:
+        _warn("the jobs go on without the launcher; the same command finds them again")
+        return
+    _warn("stopping the runs (Ctrl-C again kills them) …")
+    backend.stop()
+    _warn("stopped; the same command continues every run from its last resume file")
 
 
 def _summary(board: Board) -> int:
@@ -101,18 +107,32 @@ def _summary(board: Board) -> int:
 
 
 @contextmanager
-def _terminated_is_interrupted() -> Iterator[None]:
-    """SIGTERM means Ctrl-C: otherwise the launcher would be gone and its runs would go on."""
+def _ended_is_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGHUP mean Ctrl-C: otherwise the launcher would be gone and its runs would go on.
+
+    Once: a closing terminal sends several, and a second Ctrl-C kills the runs. SIGHUP stays ignored under nohup.
+    """
+    told = False
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        nonlocal told
+        if not told:
+            told = True
+            raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _print(text: str) -> None:
     print(text, flush=True)
+
+
+def _warn(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be what has gone
+        print(text, file=sys.stderr, flush=True)

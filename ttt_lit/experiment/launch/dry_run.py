@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ttt_lit.experiment.devices import device_named
 from ttt_lit.experiment.launch.command import LaunchOptions, planned_runs
-from ttt_lit.experiment.launch.folder import matched_budget, recorded
+from ttt_lit.experiment.launch.folder import NotFinished, matched_budget, recorded
 from ttt_lit.experiment.launch.slurm import cluster_arguments
 from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.plan import PlannedStage, PlanOptions, planned_stage
@@ -72,8 +72,9 @@ class _Plans:
         if run.gpu_hours is None:
             return None
         try:
-            return matched_budget(run.folder, self.runs[run.gpu_hours.of].folder, run.gpu_hours.share)
-        except ValueError:
+            match = run.gpu_hours
+            return matched_budget(run.folder, match.of, self.runs[match.of].folder, match.share).gpu_hours
+        except NotFinished:
             return None
 
 

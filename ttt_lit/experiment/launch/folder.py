@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from ttt_lit.experiment.record import RECORD_NAME
 LOG_NAME = "log.txt"
 BUDGET_NAME = "budget.json"
 
+_TAIL_BYTES = 20_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
@@ -20,53 +23,94 @@ class Recorded:
 
     status: str
     reason: str | None = None
+    written: float | None = None
+    """Time of the file's last change (``written``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedBudget:
+    """GPU-hours of a wall-clock-matched run, and what they were made from."""
+
+    of: str
+    """EXPERIMENT/ID of the baseline."""
+    share: float
+    started: str | None
+    """When the baseline was started, by its record."""
+    compute_seconds: float
+    """Compute device-seconds of the baseline."""
+    gpu_hours: float
+
+
+class NotFinished(ValueError):
+    """A baseline whose GPU-hours are not known yet."""
 
 
 def recorded(folder: Path) -> Recorded | None:
     """None for a run that never began to train. ValueError for a record that cannot be read."""
-    record = _read(folder / RECORD_NAME)
-    return None if record is None else Recorded(status=str(record.get("status")), reason=record.get("reason"))
+    record = read_json(folder / RECORD_NAME)
+    if record is None:
+        return None
+    status, reason = str(record.get("status")), record.get("reason")
+    return Recorded(status=status, reason=reason, written=written(folder / RECORD_NAME))
 
 
-def compute_gpu_hours(folder: Path) -> float:
-    """Of a finished run. ValueError for any other."""
-    record = _read(folder / RECORD_NAME)
-    if record is None or record.get("status") != "finished":
-        raise ValueError(f"{folder}: not finished, so its GPU-hours are not known")
-    try:
-        return float(record["totals"]["gpu_seconds"]["compute"]) / 3600
-    except KeyError as error:
-        raise ValueError(f"{folder / RECORD_NAME}: totals.gpu_seconds.compute is missing ({error})") from error
+def matched_budget(folder: Path, of: str, baseline: Path, share: float) -> MatchedBudget:
+    """``share`` of the GPU-hours of the run ``of``, which has the folder ``baseline``.
 
-
-def matched_budget(folder: Path, baseline: Path, share: float) -> float:
-    """GPU-hours of a wall-clock-matched run: ``share`` of the baseline's, or what a first start in this folder came to.
-
-    ValueError if the baseline is not finished.
+    Raises:
+        NotFinished: the baseline is not finished.
+        ValueError: the first start in ``folder`` fixed a budget that was made from something else.
     """
-    kept = _read(folder / BUDGET_NAME)
-    if kept is not None:
-        return float(kept["gpu_hours"])
-    hours = round(share * compute_gpu_hours(baseline), 6)
+    path, record = folder / BUDGET_NAME, read_json(baseline / RECORD_NAME)
+    if record is None or record.get("status") != "finished":
+        raise NotFinished(f"{baseline}: not finished, so its GPU-hours are not known")
+    try:
+        seconds = float(record["totals"]["gpu_seconds"]["compute"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{baseline / RECORD_NAME}: totals.gpu_seconds.compute is missing ({error})") from error
+    hours = round(share * seconds / 3600, 6)
     if hours <= 0:
         raise ValueError(f"{folder}: {share:g} of the GPU-hours of {baseline} is less than a millionth of an hour")
-    return hours
+    made = MatchedBudget(of=of, share=share, started=record.get("started"), compute_seconds=seconds, gpu_hours=hours)
+    kept = read_json(path)
+    if kept is not None:
+        _refuse_change(path, kept, dataclasses.asdict(made))
+    return made
 
 
-def keep_budget(folder: Path, hours: float) -> None:
+def _refuse_change(path: Path, kept: dict[str, Any], made: dict[str, Any]) -> None:
+    changed = [f"{key} {kept.get(key)} → {value}" for key, value in made.items() if kept.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{path}: the budget was made from something else ({', '.join(changed)}); delete this file, and the rest of the run's folder "
+            "if it has begun to train, to match anew"
+        )
+
+
+def keep_budget(folder: Path, budget: MatchedBudget) -> None:
     """A second start needs the identical number, or ``fit`` would take it for another configuration."""
-    write_json(folder / BUDGET_NAME, {"gpu_hours": hours})
+    write_json(folder / BUDGET_NAME, dataclasses.asdict(budget))
 
 
-def last_error(folder: Path) -> str | None:
-    """The last line of a run's log that explains an end, else its last line."""
+def last_error(log: Path) -> str | None:
+    """The last line of a log that explains an end, else its last line; None for no log or an empty one."""
     try:
-        text = (folder / LOG_NAME).read_text(encoding="utf-8", errors="replace")
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    lines = [line.strip() for line in text[-20_000:].splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     explained = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return next(iter([*explained[-1:], *lines[-1:]]), None)
+
+
+def written(path: Path) -> float | None:
+    """When a file was changed, in seconds on the clock of its file system; None where there is none. Comparable within a folder."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,10 +121,14 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no file. ValueError for anything but a JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {type(value).__name__}, expected an object")
+    return value

@@ -9,11 +9,16 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ttt_lit.experiment.launch.folder import LOG_NAME
-from ttt_lit.experiment.launch.lock import holder
+from ttt_lit.experiment.launch.folder import LOG_NAME, last_error, read_json, write_json, written
+from ttt_lit.experiment.launch.loop import BackendError, Ending
 from ttt_lit.experiment.launch.schedule import State
 from ttt_lit.experiment.matrix import PlannedRun
+from ttt_lit.train.lock import holder
+
+SLOT_NAME = "slot.json"
+"""In a run's folder: which of the runs at a time it was started as, and with which GPUs."""
 
 GRACE_SECONDS = 60.0
 """Between asking a run to stop and killing it: time to write its resume file."""
@@ -25,6 +30,15 @@ _THREADS, _DEVICES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
 class _Job:
     process: subprocess.Popen[bytes]
     slot: int
+
+
+@dataclass
+class _Adopted:
+    """A living run of an earlier launcher, or one begun by hand."""
+
+    run: PlannedRun
+    place: Mapping[str, Any] | None
+    """What the earlier launcher gave it; None: begun by hand, so what it uses is not known."""
 
 
 class LocalBackend:
@@ -43,19 +57,26 @@ class LocalBackend:
         self.program, self.environments, self.grace_seconds = tuple(program), environments, grace_seconds
         self._jobs: dict[str, _Job] = {}
         self._ended: dict[str, int] = {}
-        self._adopted: set[str] = set()
+        self._adopted: dict[str, _Adopted] = {}
 
     def adopt(self, run: PlannedRun) -> bool:
         alive = holder(run.folder) is not None
         if alive:
-            self._adopted.add(run.name)
+            self._adopted[run.name] = _Adopted(run, read_json(run.folder / SLOT_NAME))
             self._ended.pop(run.name, None)
         return alive
 
+    def room(self) -> int | None:
+        return len(self._free())
+
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
-        taken = {job.slot for job in self._jobs.values()}
-        slot = next(number for number in range(len(self.environments)) if number not in taken)
+        free = self._free()
+        if not free:
+            raise BackendError(f"{run.name}: all of {len(self.environments)} places are taken")
+        slot = free[0]
         run.folder.mkdir(parents=True, exist_ok=True)
+        if holder(run.folder) is None:  # else it says where that process runs, and this start will be refused
+            write_json(run.folder / SLOT_NAME, {"slot": slot, "devices": self.environments[slot].get(_DEVICES)})
         command = [*self.program, "fit", *arguments]
         with (run.folder / LOG_NAME).open("ab") as log:
             process = subprocess.Popen(
@@ -67,11 +88,14 @@ class LocalBackend:
                 start_new_session=True,
             )
         self._jobs[run.name] = _Job(process, slot)
-        self._adopted.discard(run.name)
+        self._adopted.pop(run.name, None)
 
     def state(self, run: PlannedRun) -> State | None:
         if run.name in self._adopted:
-            return "running" if holder(run.folder) is not None else None
+            if holder(run.folder) is not None:
+                return "running"
+            del self._adopted[run.name]
+            return None
         job = self._jobs.get(run.name)
         if job is None:
             return None
@@ -82,8 +106,11 @@ class LocalBackend:
         del self._jobs[run.name]
         return None
 
-    def exit_status(self, run: PlannedRun) -> int | None:
-        return self._ended.get(run.name)
+    def ending(self, run: PlannedRun) -> Ending:
+        status, log = self._ended.get(run.name), last_error(run.folder / LOG_NAME)
+        if status is None:  # the process was another launcher's, or somebody's
+            return Ending(log=log)
+        return Ending(exit_status=status, since=written(run.folder / SLOT_NAME), log=log)
 
     def stop(self) -> None:
         """Ask every run to stop, wait, then kill. A second Ctrl-C kills at once."""
@@ -97,6 +124,20 @@ class LocalBackend:
             for job in self._jobs.values():
                 job.process.wait()
             self._jobs.clear()
+
+    def _free(self) -> list[int]:
+        taken = {job.slot for job in self._jobs.values()}
+        for one in self._adopted.values():
+            if one.place is not None and holder(one.run.folder) is not None:
+                taken |= {slot for slot in range(len(self.environments)) if self._is_shared(slot, one.place)}
+        return [slot for slot in range(len(self.environments)) if slot not in taken]
+
+    def _is_shared(self, slot: int, place: Mapping[str, Any]) -> bool:
+        """Whether a slot is, or has a GPU of, the one that a launcher gave away, perhaps for another number of runs at a time."""
+        ours, theirs = self.environments[slot].get(_DEVICES), place.get("devices")
+        if ours and theirs:
+            return bool(set(_listed(ours)) & set(_listed(theirs)))
+        return ours != theirs or slot == place.get("slot")  # none named: all of the machine, if there are any
 
     def _alive(self) -> bool:
         return any(job.process.poll() is None for job in self._jobs.values())
@@ -135,7 +176,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """Ids of the GPUs that the user allows, else of all that the driver lists."""
     allowed = environment.get(_DEVICES)
     if allowed is not None:
-        return [one.strip() for one in allowed.split(",") if one.strip()]
+        return _listed(allowed)
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -145,3 +186,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _listed(devices: str) -> list[str]:
+    return [one.strip() for one in devices.split(",") if one.strip()]

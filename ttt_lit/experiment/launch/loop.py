@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ttt_lit.experiment.launch.folder import keep_budget, last_error, matched_budget, recorded
+from ttt_lit.experiment.launch.folder import Recorded, keep_budget, matched_budget, recorded
 from ttt_lit.experiment.launch.schedule import ACTIVE, State, blocking, ready, with_blocked
 from ttt_lit.experiment.matrix import PlannedRun
 
 
+class BackendError(RuntimeError):
+    """A backend could not do what it was asked for one run; the others are not concerned."""
+
+
+# What concerns one run only: its files cannot be read or written, its settings do not fit, its backend refuses.
+_OF_ONE_RUN = (ValueError, OSError, BackendError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What a backend knows of a run that has ended."""
+
+    exit_status: int | None = None
+    """None where only the record tells."""
+    since: float | None = None
+    """When it was handed over, on the clock of the record's file; a record from before says nothing about how it ended."""
+    log: str | None = None
+    """The line of its log that explains the end."""
+
+
 class Backend(Protocol):
-    """Where runs are executed."""
+    """Where runs are executed. Every method that takes a run may raise BackendError."""
 
     def adopt(self, run: PlannedRun) -> bool:
         """Whether the run is being executed already, by an earlier launcher or by hand; from now on it is asked for its state."""
+        ...
+
+    def room(self) -> int | None:
+        """How many more runs may be started now; None: any number."""
         ...
 
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
@@ -27,8 +52,8 @@ class Backend(Protocol):
         """``queued`` or ``running``; None once it has ended."""
         ...
 
-    def exit_status(self, run: PlannedRun) -> int | None:
-        """Of a run that has ended; None where only the record tells."""
+    def ending(self, run: PlannedRun) -> Ending:
+        """Of a run that has ended."""
         ...
 
     def stop(self) -> None:
@@ -69,22 +94,33 @@ def launch(
     """
     board = Board(runs=runs)
     for run in runs:
-        _first_look(run, board, backend)
+        with _failing_alone(run, board):
+            _first_look(run, board, backend)
     while True:
         for run in runs:
             if board.states[run.name] in ACTIVE:
-                _look_again(run, board, backend)
+                with _failing_alone(run, board):
+                    _look_again(run, board, backend)
         board.states = with_blocked(runs, board.states)
-        for run in ready(runs, board.states, slots):
-            _start(run, board, backend)
+        for run in ready(runs, board.states, slots)[: backend.room()]:
+            with _failing_alone(run, board):
+                _start(run, board, backend)
         board.states = with_blocked(runs, board.states)
         board.reasons |= _blocked_reasons(runs, board.states)
         view(board)
         active = any(state in ACTIVE for state in board.states.values())
         if not active and not ready(runs, board.states, slots):
             return board
-        if active:
-            time.sleep(poll_seconds)
+        time.sleep(poll_seconds)
+
+
+@contextmanager
+def _failing_alone(run: PlannedRun, board: Board) -> Iterator[None]:
+    """An error of one run is its end and nobody else's."""
+    try:
+        yield
+    except _OF_ONE_RUN as error:
+        _end(run, board, "failed", " ".join(str(error).split()))
 
 
 def _first_look(run: PlannedRun, board: Board, backend: Backend) -> None:
@@ -107,38 +143,51 @@ def _look_again(run: PlannedRun, board: Board, backend: Backend) -> None:
     elif backend.adopt(run):  # ours was refused because another process trains it
         board.states[run.name] = "running"
     else:
-        _end(run, board, *_outcome(run, backend.exit_status(run)))
+        _end(run, board, *_outcome(recorded(run.folder), backend.ending(run)))
 
 
-def _outcome(run: PlannedRun, status: int | None) -> tuple[State, str | None]:
-    """How a run ended, from its record and, where there is one, the exit status of its process."""
-    found = recorded(run.folder)
-    said = None if found is None else found.status
-    reason = None if found is None else found.reason
-    if said == "finished" and not status:
+def _outcome(found: Recorded | None, ending: Ending) -> tuple[State, str | None]:
+    """How a run ended, from its record and what its backend knows."""
+    said, reason = (None, None) if found is None else (found.status, found.reason)
+    if said == "finished" and not ending.exit_status:
         return "finished", None
     if said == "diverged":
         return "diverged", reason
-    if said == "interrupted" and status in (None, 130, 143, -2, -15):
+    if found is not None and _is_older(found.written, ending.since):
+        said = reason = None  # it tells how an earlier start ended
+    if said == "interrupted" and ending.exit_status in (None, 130, 143, -2, -15):
         return "interrupted", reason
+    return "failed", reason if said == "failed" and reason else _why(said, ending)
+
+
+def _is_older(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and one < other
+
+
+def _why(said: str | None, ending: Ending) -> str:
+    """Of a failure that the record does not explain."""
+    status = ending.exit_status
     if status == 0:
-        return "failed", f"fit ended without an error, but the record says {said or 'nothing'}"
-    ended = "it ended without a record" if status is None else f"exit status {status}"
-    return "failed", last_error(run.folder) or (reason if said == "failed" else ended)
+        return f"fit ended without an error, but the record says {said or 'nothing'}"
+    how = "ended" if status is None else f"exit status {status}"
+    if said == "running":
+        how = f"{how}, and the record still says running"
+    elif said is None and status is None:
+        how = "ended before it began to train"
+    elif ending.log:
+        return ending.log
+    return f"{how}: {ending.log}" if ending.log else how
 
 
 def _start(run: PlannedRun, board: Board, backend: Backend) -> None:
-    try:
-        hours = None
-        if run.gpu_hours is not None:
-            baseline = next(other for other in board.runs if other.name == run.gpu_hours.of)
-            hours = matched_budget(run.folder, baseline.folder, run.gpu_hours.share)
-            keep_budget(run.folder, hours)
-        backend.start(run, run.with_budget(hours))
-    except (ValueError, OSError) as error:
-        _end(run, board, "failed", " ".join(str(error).split()))
-    else:
-        board.states[run.name] = backend.state(run) or "running"
+    hours = None
+    if run.gpu_hours is not None:
+        baseline = next(other for other in board.runs if other.name == run.gpu_hours.of)
+        budget = matched_budget(run.folder, baseline.name, baseline.folder, run.gpu_hours.share)
+        keep_budget(run.folder, budget)
+        hours = budget.gpu_hours
+    backend.start(run, run.with_budget(hours))
+    board.states[run.name] = backend.state(run) or "running"
 
 
 def _end(run: PlannedRun, board: Board, state: State, reason: str | None) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ttt_lit.experiment.launch.folder import write_json
-from ttt_lit.experiment.launch.lock import holder
+from ttt_lit.experiment.launch.folder import last_error, read_json, write_json, written
+from ttt_lit.experiment.launch.loop import BackendError, Ending
 from ttt_lit.experiment.launch.schedule import State
 from ttt_lit.experiment.launch.slurm_job import FitJob
 from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.matrix_file import SlurmSettings
+from ttt_lit.train.lock import holder
 
 JOB_NAME = "slurm.json"
 LOG_FOLDER = "slurm"
@@ -75,20 +77,26 @@ class SlurmBackend:
     def adopt(self, run: PlannedRun) -> bool:
         if run.name in self._jobs:
             return False
-        path = run.folder / JOB_NAME
-        if path.is_file():
-            job_id = json.loads(path.read_text(encoding="utf-8"))["job_id"]
-            job = self.cluster.find(run.folder / LOG_FOLDER, job_id, tasks_of(self.settings))
-            if not job.done():
+        job_id = _submitted(run)
+        if job_id is not None:
+            with _asking("find", run):
+                job = self.cluster.find(run.folder / LOG_FOLDER, job_id, tasks_of(self.settings))
+                ended = job.done()
+            if not ended:
                 self._jobs[run.name] = job
                 return True
         return holder(run.folder) is not None
+
+    def room(self) -> int | None:
+        """The cluster has a queue."""
+        return None
 
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
         job = FitJob(self.entry, (*arguments, *cluster_arguments(self.settings)))
         folder = run.folder / LOG_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        submitted = self.cluster.submit(folder, job_parameters(self.settings, run.name), job)
+        with _asking("submit", run):
+            submitted = self.cluster.submit(folder, job_parameters(self.settings, run.name), job)
         write_json(run.folder / JOB_NAME, {"job_id": submitted.job_id})
         self._jobs[run.name] = submitted
 
@@ -96,18 +104,43 @@ class SlurmBackend:
         job = self._jobs.get(run.name)
         if job is None:  # by hand, on another node
             return "running" if holder(run.folder) is not None else None
-        if job.done():
-            return None
+        with _asking("look at", run):
+            if job.done():
+                return None
+            running = job.state.split(" ")[0] in _RUNNING
         # The cluster is asked rarely; the lock tells at once.
-        running = job.state.split(" ")[0] in _RUNNING or holder(run.folder) is not None
-        return "running" if running else "queued"
+        return "running" if running or holder(run.folder) is not None else "queued"
 
-    def exit_status(self, run: PlannedRun) -> int | None:
-        """None: a job that was requeued has several, and the record tells what became of the run."""
-        return None
+    def ending(self, run: PlannedRun) -> Ending:
+        """Without an exit status: a job that was requeued has several, and the record tells what became of the run."""
+        job = self._jobs.get(run.name)
+        if job is None:
+            return Ending()
+        log = run.folder / LOG_FOLDER / f"{job.job_id}_0_log.err"
+        return Ending(since=written(run.folder / JOB_NAME), log=last_error(log))
 
     def stop(self) -> None:
         """Jobs belong to the cluster: they go on, and a later launcher finds them."""
+
+
+def _submitted(run: PlannedRun) -> str | None:
+    """Id of the run's last job. ValueError for a file that cannot be read."""
+    path = run.folder / JOB_NAME
+    known = read_json(path)
+    if known is None:
+        return None
+    if not isinstance(known.get("job_id"), str):
+        raise ValueError(f"{path}: job_id is missing; delete this file if the job has ended")
+    return str(known["job_id"])
+
+
+@contextmanager
+def _asking(what: str, run: PlannedRun) -> Iterator[None]:
+    """submitit fails with errors of many types: its own RuntimeErrors, those of the programs that it calls, a missing sbatch."""
+    try:
+        yield
+    except Exception as error:
+        raise BackendError(f"the cluster could not {what} the job of {run.name}: {error}") from error
 
 
 def tasks_of(settings: SlurmSettings) -> int:

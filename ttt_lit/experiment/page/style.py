@@ -13,14 +13,15 @@ p, li, pre, h1, h2, h3, dd, dt { overflow-wrap: anywhere; }
 p, ul { max-width: 46rem; margin: .5rem 0; }
 ul { padding-left: 1.2rem; }
 .question { font-size: 1.1rem; color: var(--soft); margin-bottom: 1.2rem; }
-.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem;
+  align-items: start; }
 .verdict { border: 1px solid var(--line); border-left-width: 6px; border-radius: 4px; padding: .8rem 1rem; }
 .verdict.good { border-left-color: #00694d; } .verdict.bad { border-left-color: #a83e00; }
 .verdict.open { border-left-color: #8a6a00; }
 .verdict h2 { border: 0; margin: 0 0 .3rem; padding: 0; font-size: 1.15rem; }
 .verdict dl { margin: 0; } .verdict dt { font-weight: 600; font-size: .85rem; color: var(--soft); margin-top: .4rem; }
 .verdict dd { margin: 0 0 .15rem; }
-.verdict tbody th { min-width: 6rem; } .verdict .scroll { margin: .6rem 0; }
+.verdict tbody th { min-width: 6rem; } .verdict table.wide td { min-width: 0; } .verdict .scroll { margin: .6rem 0; }
 .mark { display: inline-block; white-space: nowrap; font-weight: 600; padding: 0 .45em; border: 1px solid; border-radius: 3px; }
 .mark.good { color: #005a42; background: #e6f4ef; } .mark.bad { color: #8f3500; background: #fbebe1; }
 .mark.open { color: #6b5200; background: #fbf4dc; } .mark.note { color: var(--ink); background: var(--shade); }

@@ -42,7 +42,8 @@ def frontier_figure(family: FamilyStudy, account: Account, differences: Mapping[
     lowest, highest = limits([*(point.loss for point in points), *(y for bar in bars for _, y in bar)])
     axes.set_ylim(lowest, highest)
     compute_axis(axes, [point.hours for point in points])
-    axis_labels(axes, f"compute GPU-hours, {ACCOUNT_NAMES[account]}", "final long-context loss (nats per token)")
+    scale = " (log scale)" if axes.get_xscale() == "log" else ""
+    axis_labels(axes, f"compute GPU-hours, {ACCOUNT_NAMES[account]}{scale}", "final long-context loss (nats per token)")
     front = _draw_front(axes, points)
     marks = [_mark(point, looks[point.arm.name]) for point in points]
     label_points(figure, axes, marks, [*bars, *trend, *shares, front])

@@ -123,10 +123,11 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
             f"{1 - MIN_SAVING:.2f}."
         ),
         Paragraph(
-            text="Intervals. Differences are paired by held-out document and by seed: every document was read by both models, "
-            "and only the difference is averaged. The 95% interval comes from resampling documents, and seeds where there are "
-            "several; with one seed it says nothing about what another seed would "
-            "give, and with two or three it is too narrow where seeds differ much."
+            text="Intervals. Differences are paired by held-out block and by seed: every block was read by both models, and only the "
+            "difference is averaged; below zero the first named is better. The 95% interval comes from resampling documents, with all "
+            "blocks cut from them, and seeds where there are several; with one seed it says nothing about what another seed would "
+            "give, and with two or three it is too narrow where seeds differ much. “Flagged” or † behind a difference: it may not be "
+            "used as evidence, for reasons that stand under Flags and problems."
         ),
         Paragraph(
             text=f"Insufficient evidence. A gate passes or fails only if the whole interval lies on one side of its limit "

@@ -72,13 +72,13 @@ def _details(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[Bloc
 
 
 def _common(gates: Sequence[Gate]) -> _Common:
-    """Nothing where there is a single gate."""
+    """Reasons of gates none of which passed, and of the gates that count GPU-hours the numbers: those are the baseline's."""
     first, *others = gates
-    if not others:
-        return _Common()
+    open_reasons = () if any(gate.outcome == "pass" for gate in gates) else _said(first)
+    numbers = () if first.account is None else first.numbers
     return _Common(
-        reasons=tuple(each for each in _said(first) if all(each in _said(other) for other in others)),
-        numbers=tuple(each for each in first.numbers if all(each in other.numbers for other in others)),
+        reasons=tuple(each for each in open_reasons if all(each in _said(other) for other in others)),
+        numbers=tuple(each for each in numbers if all(each in other.numbers for other in others)),
     )
 
 

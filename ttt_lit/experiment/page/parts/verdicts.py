@@ -47,6 +47,7 @@ def _budgets(family: FamilyStudy, found: Sequence[Budget]) -> Grid | None:
         caption=f"Budgets that are a share of the baseline's GPU-hours{unproved} (nats per token, {baseline})",
         header=("run", "GPU-hours ÷ baseline's", "loss", "Δ baseline, 95% interval"),
         rows=tuple(_budget_row(each) for each in found),
+        wide=True,
     )
 
 

@@ -5,6 +5,7 @@ The operating system drops it with the process, however that ends, so no stale l
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -24,12 +25,16 @@ class RunLock:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._file: IO[str] | None = None
+        self._made: list[Path] = []
 
     def acquire(self) -> None:
         """RuntimeError naming the process that holds the lock."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(_ATTEMPTS):
-            file = (self.folder / LOCK_NAME).open("a+", encoding="utf-8")
+            self._make_folder()
+            try:
+                file = (self.folder / LOCK_NAME).open("a+", encoding="utf-8")
+            except FileNotFoundError:  # the last holder has just removed the folder that it had made
+                continue
             if _lock(file, fcntl.LOCK_EX) and _is_current(file, self.folder / LOCK_NAME):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -44,11 +49,20 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """Harmless when it is not held."""
-        if self._file is not None:
-            (self.folder / LOCK_NAME).unlink(missing_ok=True)
-            self._file.close()
-            self._file = None
+        """Harmless when it is not held. Folders that ``acquire`` has made and that are still empty go too."""
+        if self._file is None:
+            return
+        (self.folder / LOCK_NAME).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or somebody else has removed it
+            for folder in self._made:
+                folder.rmdir()
+        self._file.close()
+        self._file, self._made = None, []
+
+    def _make_folder(self) -> None:
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made = made or self._made
 
 
 def holder(folder: str | Path) -> str | None:

@@ -1,0 +1,154 @@
+"""A run's folder belongs to one process at a time, to one configuration for good, and shows nothing of a start that was refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttt_lit.train.lock import RunLock
+from ttt_lit.train.resume import resume_file
+
+CONFIG_NAME, RECORD_NAME = "config.yaml", "record.json"
+
+# Settings that change what is shown, or how fast and how safely the same numbers are made: no part of what a run is, so a start may
+# change them. Section, or class of a callback → its keys; None: the callback itself may come and go.
+NOT_IDENTITY: dict[str, tuple[str, ...] | None] = {
+    "trainer": ("enable_progress_bar",),
+    "data": ("num_workers", "verify"),
+    "callbacks.stage_checkpoint.StageCheckpoint": ("every_seconds",),
+    "callbacks.heartbeat.Heartbeat": ("every_seconds",),
+    "callbacks.step_log.StepLog": ("every_steps",),
+    "callbacks.progress.StageProgressBar": None,
+}
+
+
+@contextmanager
+def claimed(folder: Path, config: dict[str, Any]) -> Iterator[None]:
+    """The right to train the run of ``folder`` with this configuration. For global rank 0: nothing is touched before the lock is held.
+
+    A body that ends with an error before the run's record is written has refused to start: what it left behind is removed.
+
+    Raises:
+        RuntimeError: another process trains the run.
+        ValueError: the run was started with another configuration.
+    """
+    lock = RunLock(folder)
+    lock.acquire()
+    try:
+        before = _Before(folder)
+        try:
+            _keep_config(folder, config)
+            yield
+        except BaseException:
+            before.restore()
+            raise
+    finally:
+        lock.release()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the record says so. A diverged run is a ValueError: continuing would diverge again."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return False
+    record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if record["status"] == "diverged":
+        raise ValueError(
+            f"{folder}: this run diverged ({record['reason']}); change the configuration and give another --run.id"
+        )
+    return bool(record["status"] == "finished")
+
+
+class _Before:
+    """What a folder held before a start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, set(folder.iterdir())
+        self.record = _stamp(folder / RECORD_NAME)
+        self.config = _bytes(folder / CONFIG_NAME)
+
+    def restore(self) -> None:
+        """Unless the start came to train. Lightning opens its logger before anything is checked."""
+        if _stamp(self.folder / RECORD_NAME) != self.record:
+            return
+        loggers = [self.folder / "hparams.yaml", *self.folder.glob("events.out.tfevents.*")]
+        for path in set(loggers) - self.files:
+            path.unlink(missing_ok=True)
+        if self.config is None:
+            (self.folder / CONFIG_NAME).unlink(missing_ok=True)
+        elif self.config != _bytes(self.folder / CONFIG_NAME):
+            _replace(self.folder / CONFIG_NAME, self.config)
+
+
+def _keep_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the resolved configuration into a new run's folder; a run that has begun must have the same one."""
+    path = folder / CONFIG_NAME
+    if path.is_file():
+        changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
+        begun = (folder / RECORD_NAME).exists() or resume_file(folder) is not None
+        if changed and begun:
+            raise ValueError(
+                f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); give another --run.id"
+            )
+        if not changed:
+            return
+    _replace(path, yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings that make two resolved configurations two runs."""
+    return _differences(_identity(old), _identity(new))
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what ``NOT_IDENTITY`` names."""
+    kept = {name: _without(section, NOT_IDENTITY.get(name, ())) for name, section in config.items()}
+    trainer = kept.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("callbacks"):
+        named = [one for one in trainer["callbacks"] if NOT_IDENTITY.get(one["class_path"], ()) is not None]
+        kept["trainer"] = trainer | {"callbacks": [_identity_of_callback(one) for one in named]}
+    return kept
+
+
+def _identity_of_callback(callback: dict[str, Any]) -> dict[str, Any]:
+    keys = NOT_IDENTITY.get(callback["class_path"], ())
+    return callback | {"init_args": _without(callback.get("init_args") or {}, keys)}
+
+
+def _without(section: Any, keys: tuple[str, ...] | None) -> Any:
+    return (
+        {key: value for key, value in section.items() if key not in (keys or ())}
+        if isinstance(section, dict)
+        else section
+    )
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(old) + [key for key in new if key not in old]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [where]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Differs after every write: a record is replaced, never changed in place."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
