@@ -18,7 +18,6 @@ from rich.console import Console
 from ttt_lit.experiment.launch import command, slurm
 from ttt_lit.experiment.launch.folder import NotFinished, matched_budget
 from ttt_lit.experiment.launch.local import LocalBackend, environments_for
-from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.experiment.launch.loop import Board, launch
 from ttt_lit.experiment.launch.progress import Progress
 from ttt_lit.experiment.launch.schedule import ready, with_blocked
@@ -26,6 +25,7 @@ from ttt_lit.experiment.launch.slurm_job import FitJob
 from ttt_lit.experiment.launch.table import Lines, row
 from ttt_lit.experiment.matrix import PlannedRun, expand
 from ttt_lit.experiment.matrix_file import SlurmSettings, parse_matrix
+from ttt_lit.train.lock import RunLock, holder
 
 FAKE = Path(__file__).with_name("fake_fit.py")
 ROOT = Path(__file__).resolve().parents[2]

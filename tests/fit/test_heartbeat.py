@@ -1,4 +1,6 @@
-"""What others see of a run while it trains: how far it is, and that nobody else may train it."""
+"""What others see of a run while it trains: how far it is, and that nobody else may train it or touch its files."""
+
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -6,8 +8,9 @@ import tiny
 from fitting import run
 
 from callbacks.heartbeat import Heartbeat
-from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.experiment.launch.progress import Progress
+from ttt_lit.train import run as run_module
+from ttt_lit.train.lock import holder
 from ttt_lit.train.run import assemble, fit
 
 
@@ -15,12 +18,11 @@ class Look(L.Callback):
     """Reads the heartbeat as another process would, after every optimiser step."""
 
     def __init__(self):
-        self.seen, self.holders = [], set()
+        self.seen = []
 
     def on_train_batch_end(self, trainer, module, *_):
         if module.at_boundary:
             self.seen.append(Progress.read(trainer.default_root_dir))
-            self.holders.add(holder(trainer.default_root_dir))
 
 
 def heartbeat(parts):
@@ -39,8 +41,6 @@ def test_progress_follows_every_step_to_the_end(world, tmp_path):
     assert all(one.planned_tokens == 1280 and one.planned_gpu_seconds is None for one in look.seen)
     assert look.seen[-1].loss == pytest.approx(parts.module.report.loss)
     assert look.seen[4].remaining_seconds == pytest.approx(look.seen[4].gpu_seconds)
-    assert None not in look.holders
-    assert holder(parts.run.folder) is None
     assert Progress.read(parts.run.folder).fraction == 1
 
 
@@ -62,19 +62,85 @@ def test_between_stage_ends_heartbeats_are_no_closer_than_asked_for(world, tmp_p
     assert [one.step for one in look.seen] == [1, 1, 2, 2, 2, 5, 5, 5, 5, 5]
 
 
-def test_a_run_that_another_process_trains_is_refused_and_left_as_it_is(world, tmp_path):
-    folder = tmp_path / "tiny" / "default"
-    other = RunLock(folder)
-    other.acquire()
-    with pytest.raises(RuntimeError, match="this run is being trained by process"):
+class Rival(L.Callback):
+    """Looks at every hook whether the run is locked, and starts it a second time before it has a record."""
+
+    def __init__(self, arguments):
+        self.arguments, self.holders, self.left = arguments, [], None
+
+    def setup(self, trainer, module, stage):
+        self._look(trainer)
+        before = contents(trainer.default_root_dir)
+        with pytest.raises(RuntimeError, match="this run is being trained by process"):
+            fit([*self.arguments, "--model.optim.weight_decay=0.5"])  # another configuration: it would be written
+        self.left = contents(trainer.default_root_dir) == before
+
+    def on_train_batch_end(self, trainer, *_):
+        self._look(trainer)
+
+    def on_train_end(self, trainer, *_):
+        self._look(trainer)
+
+    def teardown(self, trainer, module, stage):
+        self._look(trainer)
+
+    def _look(self, trainer):
+        self.holders.append(holder(trainer.default_root_dir))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def with_callback(monkeypatch, callback):
+    """The next start has one callback more; those after it do not."""
+
+    def assemble_once(arguments, *, command):
+        monkeypatch.undo()
+        parts = assemble(arguments, command=command)
+        parts.trainer.callbacks.append(callback)
+        return parts
+
+    monkeypatch.setattr(run_module, "assemble", assemble_once)
+
+
+def test_a_run_is_locked_from_its_first_file_to_its_end_and_a_second_start_touches_nothing(
+    world, tmp_path, monkeypatch
+):
+    arguments = tiny.arguments(world, tmp_path, steps=10)
+    rival = Rival(arguments)
+    with_callback(monkeypatch, rival)
+    assert fit(arguments) == 0
+    assert rival.left
+    assert all(rival.holders)
+    assert holder(tmp_path / "tiny" / "default") is None
+
+
+class Fails(L.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        raise RuntimeError("the device is gone")
+
+
+def test_a_run_that_breaks_gives_its_lock_back_and_keeps_its_files(world, tmp_path, monkeypatch):
+    with_callback(monkeypatch, Fails())
+    with pytest.raises(RuntimeError, match="the device is gone"):
         fit(tiny.arguments(world, tmp_path, steps=10))
-    assert not (folder / "record.json").exists()
-    assert holder(folder) is not None
-    other.release()
-    assert fit(tiny.arguments(world, tmp_path, steps=10)) == 0
+    folder = tmp_path / "tiny" / "default"
+    assert holder(folder) is None
+    assert {"record.json", "config.yaml"} <= contents(folder).keys()
+    assert list(folder.glob("events.out.tfevents.*"))
 
 
-def test_a_start_that_is_refused_leaves_no_lock(world, tmp_path):
+def test_a_start_that_is_refused_leaves_no_trace(world, tmp_path):
+    nowhere = tiny.arguments(world, tmp_path, "--model.start.init_from=nowhere")
     with pytest.raises(FileNotFoundError):
-        fit(tiny.arguments(world, tmp_path, "--model.start.init_from=nowhere"))
-    assert not (tmp_path / "tiny" / "default").exists()
+        fit(nowhere)
+    assert list(tmp_path.iterdir()) == []
+    folder = tmp_path / "tiny" / "default"
+    folder.mkdir(parents=True)
+    for name in ("log.txt", "config.yaml", "events.out.tfevents.1"):
+        (folder / name).write_text("name: was there")
+    before = contents(folder)
+    with pytest.raises(FileNotFoundError):
+        fit(nowhere)
+    assert contents(folder) == before

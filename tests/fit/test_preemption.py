@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from callbacks.stage_checkpoint import StageCheckpoint
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run import assemble, fit
@@ -72,11 +73,11 @@ def test_the_handler_of_the_clusters_warning_runs_once_everything_is_saved(world
 
     def requeue(number, _):
         folder = tmp_path / "tiny" / "default"
-        seen.append((number, RunRecord.read(folder).status, (folder / "run.lock").exists()))
+        seen.append((number, RunRecord.read(folder).status))
 
     signal.signal(signal.SIGUSR2, requeue)
     told(world, tmp_path, signal.SIGUSR2, 3)
-    assert seen == [(signal.SIGUSR2, "interrupted", False)]
+    assert seen == [(signal.SIGUSR2, "interrupted")]
     assert signal.getsignal(signal.SIGUSR2) is requeue
 
 
@@ -112,3 +113,17 @@ def test_in_a_job_of_a_cluster_sigterm_saves_and_training_goes_on(world, tmp_pat
     parts.trainer.fit(parts.module, datamodule=parts.data)
     assert saved.names[5:9] == ["resume-5.ckpt", "resume-7.ckpt", "resume-7.ckpt", "resume-7.ckpt"]
     assert RunRecord.read(tmp_path / "tiny" / "default").status == "finished"
+
+
+def test_a_step_is_saved_once_however_many_ask_for_it(world, tmp_path, monkeypatch):
+    parts = assemble(tiny.arguments(world, tmp_path, steps=10), command="fit")
+    (owner,) = (one for one in parts.trainer.callbacks if isinstance(one, StageCheckpoint))
+    owner.every_seconds = 0
+    parts.trainer.callbacks.append(Tell(signal.SIGTERM, 13))
+    written, save = [], parts.trainer.save_checkpoint
+    monkeypatch.setattr(
+        parts.trainer, "save_checkpoint", lambda path, **others: (written.append(path.name), save(path, **others))
+    )
+    with pytest.raises(SystemExit):
+        parts.trainer.fit(parts.module, datamodule=parts.data)
+    assert written == [f"resume-{step}.ckpt" for step in range(1, 8)]
