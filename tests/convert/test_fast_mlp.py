@@ -169,6 +169,14 @@ def test_global_is_an_error_where_it_chooses_nothing_or_everything(windows):
         ttt_layers(of_depth(*windows), "global")
 
 
+def test_the_global_suffix_is_the_dense_layers_of_the_upper_half():
+    windows = [512 if (i + 1) % 6 else None for i in range(26)]
+    assert ttt_layers(of_depth(*windows), "global_suffix") == (17, 23)
+    assert ttt_layers(of_depth(8, None, 8, None), "global_suffix") == (3,)
+    with pytest.raises(ValueError, match=r"needs a dense layer in the upper half, got dense layers \[0\] of 4"):
+        ttt_layers(of_depth(None, 8, 8, 8), "global_suffix")
+
+
 def test_global_is_read_before_windows_are_narrowed():
     """Once every layer has a window the policy means nothing, so the order of conversions cannot be mixed up silently."""
     spec = of_depth(4, None)

@@ -140,3 +140,13 @@ def test_the_headline_is_read_from_the_last_stage(make_record):
     assert record.final("off") == record.stages[-1].validations[0]
     record.stages[-1].validations = []
     assert record.final() is None
+
+
+def test_who_trained_a_checkpoint_is_the_run_and_all_before_it(make_record):
+    record = make_record()
+    *before, own = record.trained_by()
+    assert before == [dataclasses.asdict(parent) for parent in record.parents]
+    assert own == {"name": record.name, "stage": "C", "gpu_seconds": 300.0, "tokens": 491_520}
+    record.status, record.reason = "interrupted", "stopped"
+    with pytest.raises(ValueError, match="its status is interrupted, so what its weights have cost is not known"):
+        record.trained_by()

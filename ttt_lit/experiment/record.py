@@ -314,7 +314,9 @@ class RunRecord:
     def trained_by(self) -> list[dict[str, Any]]:
         """This run and its parents, oldest first, as a checkpoint's lineage names who trained it. ValueError unless it has finished."""
         if self.status != "finished":
-            raise ValueError(f"{self.name}: its status is {self.status}, so what its weights have cost is not known yet")
+            raise ValueError(
+                f"{self.name}: its status is {self.status}, so what its weights have cost is not known yet"
+            )
         own = Parent(
             name=self.name,
             stage=self.stages[-1].name,
