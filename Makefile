@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Test files run side by side in so many processes of one thread each.
+TEST_PROCESSES ?= 2
 # Extra flags for pip, e.g. an index with CPU builds of torch.
 PIP_FLAGS ?=
 INSTALLED := .venv/.installed
@@ -97,7 +99,7 @@ $(GEMMA)/checkpoint/checkpoint.json: | $(GEMMA)/external/config.json
 
 test: $(INSTALLED)
 	@echo "Running the tests: at most 10 minutes on 2 cores"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: $(INSTALLED)
 	@echo "Checking lint, formatting, types and layering: about 30 seconds"

@@ -67,12 +67,11 @@ def load_tokenizer(name: str) -> TextTokenizer:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}")
-    bos_id = _find_bos(tokenizer, name)
     full = json.loads(backend.to_str())
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(vocabulary.values()) + 1
     byte_level = _is_byte_level(full, name)
-    blocked = special_strings(full) | {tokenizer.eos_token} | ({tokenizer.bos_token} if bos_id is not None else set())
+    blocked = special_strings(full) | {tokenizer.eos_token}
     definition = text_only(full, blocked)
     added = {token["content"] for token in definition["added_tokens"]}
     forbidden = np.ones(vocab_size, dtype=bool)
@@ -87,7 +86,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         hash=_known_hash(folder),
         vocab_size=vocab_size,
         eos_id=int(tokenizer.eos_token_id),
-        bos_id=bos_id,
+        bos_id=_find_bos(tokenizer, name),
         token_bytes=token_bytes,
         forbidden=forbidden,
         definition=json.dumps(definition, ensure_ascii=False),

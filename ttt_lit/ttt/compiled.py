@@ -70,11 +70,11 @@ _kinds: list[LayerKind] = []
 
 @functools.cache
 def _compiler(backend: str) -> Callable[..., Any]:
-    """torch's backend of that name without AOTAutograd's cache of whole graphs; generated code and kernels are still cached.
+    """torch's backend of that name with AOTAutograd's cache off; the caches of generated code and kernels stay as they are.
 
-    torch up to 2.13 writes freed memory into that cache in place of the shape of a bias-free linear map's result, where a graph returns
-    the result and a view of it: here the products and the values. The process that compiles is right, or dies while it writes; the next
-    one to read the entry fails with "invalid shape dimension" (pytorch/pytorch#185630, mended after 2.13 by #184774).
+    Through 2.13 torch writes freed memory into that cache for the sizes of a bias-free linear map's result, where a graph returns the
+    result and a view of it: here a product and the values. The process that compiles is right or ends in a segmentation fault while it
+    writes; one that reads the entry stops with "invalid shape dimension" (pytorch/pytorch#185630, mended after 2.13 by #184774).
     """
     compile_graph = torch._dynamo.lookup_backend(backend)
 
