@@ -39,8 +39,9 @@ MAY_IMPORT = {
     "ttt_lit.experiment.matrix": ("ttt_lit.experiment.matrix_file",),
     "ttt_lit.experiment.matrix_file": (),
     # A launcher starts at once: it reads files, and leaves training to the processes that it starts.
-    "ttt_lit.experiment.launch": tuple(
-        f"ttt_lit.experiment.{name}" for name in ("launch", "matrix", "matrix_file", "record")
+    "ttt_lit.experiment.launch": (
+        "ttt_lit.train.lock",
+        *(f"ttt_lit.experiment.{name}" for name in ("launch", "matrix", "matrix_file", "record")),
     ),
     "ttt_lit.experiment.launch.dry_run": ("ttt_lit.experiment", "ttt_lit.train"),
     "callbacks": ("ttt_lit",),
@@ -55,7 +56,8 @@ STANDARD_LIBRARY_ONLY = (
     "ttt_lit.experiment.record",
     "ttt_lit.experiment.findings",
     "ttt_lit.experiment.report",
-    *(f"ttt_lit.experiment.launch.{name}" for name in ("progress", "lock", "folder", "slurm_job")),
+    *(f"ttt_lit.experiment.launch.{name}" for name in ("progress", "folder", "slurm_job")),
+    "ttt_lit.train.lock",
     *(f"ttt_lit.train.{name}" for name in ("budget", "ledger", "schedule", "divergence")),
 )
 TORCH_ONLY = ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt")
