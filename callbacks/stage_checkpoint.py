@@ -94,7 +94,8 @@ class StageCheckpoint(L.Callback, ResumeWriter):
             )
             save_checkpoint(
                 path,
-                spec=module.stage_spec(module.plan),
+                # All TTT layers, also where the stage updated only some: which ones is a later stage's choice.
+                spec=module.stage_spec(module.plan).with_fast_layers_of(module.start.spec),
                 state=state,
                 family=origin.family,
                 receipt=module.start.receipt,

@@ -139,6 +139,30 @@ def test_layers_keep_their_attention_in_every_mode(mode):
     assert [layer.window for layer in plan.network(IMPORTED).layers] == [128, 100, 128, None]
 
 
+def test_a_stage_may_update_some_of_the_ttt_layers():
+    """The rest keep their prime MLPs and parameters; only what learns while reading changes."""
+    imported = tiny_spec(ttt_layer(), LayerSpec(), ttt_layer(), ttt_layer())
+    some = only(StageConfig(mode="meta", updated_layers=[2])).network(imported)
+    everything = only(StageConfig(mode="meta")).network(imported)
+    assert (some.ttt_layers, everything.ttt_layers) == ((2,), (0, 2, 3))
+    assert some.parameter_shapes() == everything.parameter_shapes()
+    assert some.with_fast_layers_of(imported) == everything
+
+
+@pytest.mark.parametrize("layers", [[], [1], [0, 5]])
+def test_layers_to_update_must_be_ttt_layers(layers):
+    start = SimpleNamespace(spec=tiny_spec(ttt_layer(), LayerSpec()))
+    plan = only(StageConfig(mode="meta", updated_layers=layers))
+    with pytest.raises(ValueError, match=r"updated_layers: got .*, expected some of the run's TTT layers \[0\]"):
+        check_stages([plan], start, StartConfig(init_from="."), InnerLoop(), DEMO)
+
+
+@pytest.mark.parametrize("mode", ["none", "static"])
+def test_layers_to_update_mean_nothing_without_updates(mode):
+    with pytest.raises(ValueError, match=f"updated_layers .* has no effect with mode {mode}"):
+        StageConfig(mode=mode, updated_layers=[0])
+
+
 @pytest.mark.parametrize("layers, unknown", [([4], [4]), ([-1, 0], [-1]), ([3, 9, 7], [7, 9])])
 def test_a_layer_to_keep_must_exist(layers, unknown):
     start = SimpleNamespace(spec=IMPORTED)

@@ -82,6 +82,15 @@ def test_sinks_that_come_or_go_are_a_jump_that_is_reported():
     assert covered.holds
 
 
+def test_layers_that_begin_to_learn_while_reading_are_no_jump():
+    """B2 updates some TTT layers, C all of them: until the first update nothing is different."""
+    model = TTTModel(random_decoder(tiny_spec(ttt_layer(), LayerSpec(), ttt_layer()), dtype=torch.float32))
+    spec = model.decoder.spec
+    proof = prove(model, (spec.updating_only([2]), "meta"), (spec, "meta"))
+    assert proof.preserves
+    assert proof.holds
+
+
 def test_the_same_stage_again_preserves_also_with_trained_prime_mlps():
     model = TTTModel(random_decoder(tiny_spec(), dtype=torch.float32))
     spec = model.decoder.spec

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -174,6 +175,20 @@ class ModelSpec:
         if len(layers) != self.num_layers:
             raise ValueError(f"with_layers: got {len(layers)} layers, expected {self.num_layers}")
         return dataclasses.replace(self, layers=layers)
+
+    def updating_only(self, layers: Collection[int]) -> ModelSpec:
+        """The same model, in which only these of its TTT layers learn while reading; the others keep their prime MLPs as they stand."""
+        return self.with_layers(
+            tuple(
+                layer if layer.fast is None or i in layers else dataclasses.replace(layer, fast=None)
+                for i, layer in enumerate(self.layers)
+            )
+        )
+
+    def with_fast_layers_of(self, other: ModelSpec) -> ModelSpec:
+        """The same model with the fast weights of another description of the same layers."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        return self.with_layers(tuple(dataclasses.replace(layer, fast=theirs.fast) for layer, theirs in pairs))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

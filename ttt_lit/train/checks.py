@@ -59,6 +59,11 @@ def check_stages(
             raise ValueError(
                 f"stage {plan.name}: full_attention_layers: got {unknown}, expected layer indices from 0 to {start.spec.num_layers - 1}"
             )
+        updated = plan.config.updated_layers
+        if updated is not None and (not updated or set(updated) - set(start.spec.ttt_layers)):
+            raise ValueError(
+                f"stage {plan.name}: updated_layers: got {updated}, expected some of the run's TTT layers {list(start.spec.ttt_layers)}"
+            )
         if mode != "none" and not start.spec.ttt_layers:
             raise ValueError(f"stage {plan.name}: mode {mode} needs TTT layers; set model.ttt")
         if mode in ("meta", "first_order") and inner.lr == 0:

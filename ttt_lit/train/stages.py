@@ -35,6 +35,9 @@ class StageConfig:
     """Layers, by index, that keep the window that the checkpoint gives them, without sinks."""
     mode: Mode = "none"
     """What the inner loop does in training: none, static, meta or first_order."""
+    updated_layers: list[int] | None = None
+    """The TTT layers, by index, that learn while reading in this stage; null: all of the run's. The prime MLPs of the others are computed
+    and trained, but never updated inside: so a stage may begin with some layers, and a later one convert the rest."""
     context: Context = "short"
     """Length of the training sequences, and the data set they come from."""
     share: float | None = None
@@ -53,6 +56,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not 0 < self.window_share <= 1:
             raise ValueError(f"stages: window_share: got {self.window_share}, expected more than 0 and at most 1")
+        if self.updated_layers is not None and self.mode not in ("meta", "first_order"):
+            raise ValueError(
+                f"stages: updated_layers {self.updated_layers} has no effect with mode {self.mode}; remove it, or set mode meta"
+            )
         if self.sink_tokens < 0:
             raise ValueError(f"stages: sink_tokens: got {self.sink_tokens}, expected 0 or more tokens")
         if not (self.lr > 0 and self.prime_lr_ratio >= 0):
@@ -136,9 +143,10 @@ class StagePlan:
     def network(self, imported: ModelSpec) -> ModelSpec:
         """The network's description in this stage. ``imported``: the same with the windows that the checkpoint gives it."""
         config = self.config
-        return windowed(
+        spec = windowed(
             imported, self.window, sink_tokens=config.sink_tokens, keep=frozenset(config.full_attention_layers)
         )
+        return spec if config.updated_layers is None else spec.updating_only(frozenset(config.updated_layers))
 
     @property
     def order(self) -> int:
