@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Runs side by side, one thread each: on two cores more per hour than one run with two. Budgets in time need one number for all.
+MATRIX_JOBS ?= 2
 # Test files run side by side in so many processes of one thread each.
 TEST_PROCESSES ?= 2
 # Extra flags for pip, e.g. an index with CPU builds of torch.
@@ -69,11 +71,11 @@ $(DEMO)/checkpoint/checkpoint.json: | $(DEMO)/external/config.json
 	@$(CLI) import --source $(DEMO)/external --output $(DEMO)/checkpoint --trained-by $(EXTERNAL)
 
 matrix-demo: $(INSTALLED) $(DEMO)/checkpoint/checkpoint.json $(DEMO)/data/long/manifest.json $(GEMMA)/checkpoint/checkpoint.json
-	@$(CLI) matrix --config configs/matrix/demo.yaml
+	@$(CLI) matrix --config configs/matrix/demo.yaml --jobs $(MATRIX_JOBS)
 	@$(CLI) report runs/*/demo --output $(REPORT)
 
 matrix-wallclock: matrix-demo
-	@$(CLI) matrix --config configs/matrix/demo_wallclock.yaml
+	@$(CLI) matrix --config configs/matrix/demo_wallclock.yaml --jobs $(MATRIX_JOBS)
 	@$(CLI) report runs/*/demo runs/*/demo-t* --output $(REPORT)
 
 # Gemma's external model comes about like Qwen's, in tokens of its own kind.
