@@ -185,8 +185,8 @@ def _matrix(arguments: list[str]) -> int:
     from ttt_lit.experiment.launch.command import LaunchOptions, launch_matrix
 
     options = LaunchOptions(**launched)
+    _refuse_malicious_lightning()
     if dry_run:
-        _refuse_malicious_lightning()
         from ttt_lit.experiment.launch.dry_run import dry_run as print_plans
         from ttt_lit.experiment.plan import PlanOptions
 
@@ -215,13 +215,14 @@ def _report(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     from ttt_lit.experiment.report import console, read_records
 
-    records = read_records(given.runs)
-    print(console(records))
+    found = read_records(given.runs)
+    print(console(found.records, unreadable=found.unreadable))
     if given.output is not None:
         from ttt_lit.experiment.page import write_report
 
         command = shlex.join(["python", "cli.py", "report", *arguments])
-        print(f"\nwritten to {write_report(records, Path(given.output), command=command)}")
+        page = write_report(found.records, Path(given.output), command=command, unreadable=found.unreadable)
+        print(f"\nwritten to {page}")
     return 0
 
 

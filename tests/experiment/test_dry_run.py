@@ -1,17 +1,30 @@
 """What a matrix prints before anything starts: commands, budgets, hours and memory, and what is not known yet."""
 
+import dataclasses
+import functools
+import itertools
 import json
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from ttt_lit.experiment import plan_memory
+from ttt_lit.experiment.announced import announced
 from ttt_lit.experiment.launch import dry_run as module
 from ttt_lit.experiment.launch.command import LaunchOptions
-from ttt_lit.experiment.launch.dry_run import dry_run
 from ttt_lit.experiment.plan import PlanOptions
+from ttt_lit.experiment.rehearsal import MicroBatch, Peaks
+from ttt_lit.model.spec import LayerSpec, ModelSpec
+from ttt_lit.ttt.settings import EngineConfig
 
 OPTIONS = LaunchOptions(config="m.yaml")
+
+
+def dry_run(options, planning, check=lambda command_lines: [None] * len(command_lines)):
+    return module.dry_run(options, planning, check=check)
 
 
 @pytest.fixture
@@ -75,4 +88,81 @@ def test_what_does_not_exist_yet_is_unknown_and_not_in_the_sum(plans, monkeypatc
     assert dry_run(OPTIONS, PlanOptions()) == 0
     out = capsys.readouterr().out
     assert "budget 1,000 tokens; unknown: artifacts/checkpoint does not exist yet" in out
-    assert "4 runs: 0 GPU-hours; 4 not known" in out
+    assert out.splitlines()[-1] == (
+        "4 runs: GPU-hours not known (artifacts/checkpoint does not exist yet; until it does, give the network's shape with --shape FILE)"
+    )
+
+
+def test_hours_that_need_a_peak_say_so_beside_those_that_are_known(plans, monkeypatch, capsys):
+    def planned(arguments, planning):
+        hours = None if "configs/q_a.yaml" in arguments else 10.0
+        return [SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=0.0))]
+
+    monkeypatch.setattr(module, "_planned_stages", planned)
+    plain = yaml.safe_load(Path("m.yaml").read_text())
+    plain["runs"][0].pop("gpu_hours")
+    Path("m.yaml").write_text(yaml.safe_dump(plain))
+    dry_run(OPTIONS, PlanOptions())
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "4 runs: 20 GPU-hours; 2 not known and not in the sum (the device has no published peak; give --peak-tflops)"
+    )
+
+
+def test_a_shape_that_is_not_there_is_an_error_and_not_a_run_without_hours(plans):
+    with pytest.raises(FileNotFoundError, match="--shape: none.json does not exist"):
+        dry_run(OPTIONS, PlanOptions(shape="none.json"))
+    assert plans == []
+
+
+def test_settings_that_fit_does_not_take_end_it_before_anything_is_planned(plans, capsys):
+    status = dry_run(OPTIONS, PlanOptions(), lambda lines: ["wrong" if "q_a" in line[1] else None for line in lines])
+    assert status == 1
+    assert "error: m.yaml: runs[0]: q_a/m-t0.35-s1: wrong" in capsys.readouterr().err
+    assert plans == []
+
+
+# How long it takes --------------------------------------------------------------------------------------------------------------
+
+
+SPEC = ModelSpec(
+    vocab_size=8, hidden_size=4, intermediate_size=4, num_heads=1, num_kv_heads=1, head_dim=4, layers=(LayerSpec(),)
+)
+BATCH = MicroBatch(
+    sequences=1,
+    context=8,
+    chunk=4,
+    mode="none",
+    engine=EngineConfig(),
+    half=True,
+    on_cpu=False,
+    gradients_exist=True,
+    sharded=True,
+)
+
+
+def test_what_a_rehearsal_cannot_tell_apart_is_rehearsed_once(monkeypatch):
+    made = []
+
+    def rehearse(spec, batch):
+        made.append((spec, batch))
+        return Peaks(1, 1, 1)
+
+    monkeypatch.setattr(plan_memory, "_rehearsed_once", functools.cache(rehearse))
+    wide = SPEC.with_layers((LayerSpec(window=100),))
+    for spec, exist in itertools.product((SPEC, wide), (True, False)):
+        plan_memory._rehearsed(spec, dataclasses.replace(BATCH, gradients_exist=exist))
+    assert len(made) == 1
+    plan_memory._rehearsed(SPEC, dataclasses.replace(BATCH, sharded=False))
+    plan_memory._rehearsed(SPEC, dataclasses.replace(BATCH, context=4))
+    assert len(made) == 3
+
+
+def test_what_takes_long_is_said_and_what_does_not_is_not(capsys):
+    with announced("quick", after_seconds=60):
+        pass
+    said = ""
+    with announced("slow", after_seconds=0.0):
+        while not said:
+            time.sleep(0.001)
+            said = capsys.readouterr().err
+    assert said == "slow\n"

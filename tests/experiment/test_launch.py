@@ -16,9 +16,11 @@ import yaml
 from rich.console import Console
 
 from ttt_lit.experiment.launch import command, slurm
+from ttt_lit.experiment.launch.check import errors_in_a_process
 from ttt_lit.experiment.launch.folder import NotFinished, matched_budget
 from ttt_lit.experiment.launch.local import LocalBackend, environments_for
 from ttt_lit.experiment.launch.loop import Board, launch
+from ttt_lit.experiment.launch.outlook import seconds_left
 from ttt_lit.experiment.launch.progress import Progress
 from ttt_lit.experiment.launch.schedule import ready, with_blocked
 from ttt_lit.experiment.launch.slurm_job import FitJob
@@ -495,11 +497,11 @@ def test_a_row_tells_how_far_a_run_is(runs_of):
 
 
 def test_lines_report_changes_at_once_and_progress_now_and_then(runs_of):
-    (run,) = runs_of({"arms": ["q_a"]})
+    run, other = runs = runs_of({"arms": ["q_a", "q_b"]})
     run.folder.mkdir(parents=True)
     now, lines = [0.0], []
-    view = Lines(lines.append, every_seconds=30, clock=lambda: now[0])
-    board = Board(runs=[run], states={run.name: "waiting"})
+    view = Lines(lines.append, every_seconds=30, clock=lambda: now[0], time_of_day=lambda: f"at {now[0]:g}")
+    board = Board(runs=runs, states={run.name: "waiting", other.name: "waiting"})
     view(board)
     board.states[run.name] = "running"
     for second in (1, 10, 29, 31, 32):
@@ -508,12 +510,35 @@ def test_lines_report_changes_at_once_and_progress_now_and_then(runs_of):
         view(board)
     board.states[run.name] = "finished"
     view(board)
-    assert [line.split("  ")[1:4] for line in lines] == [
-        ["waiting"],
-        ["running", "stage C", "tokens 1k / 6M"],
-        ["running", "stage C", "tokens 31k / 6M"],
-        ["finished", "stage C", "tokens 32k / 6M"],
+    assert [line.split("  ")[:4] for line in lines] == [
+        ["at 0", "waiting: q_a/m, q_b/m"],
+        ["at 0", "0 of 2 finished"],
+        ["at 1", "q_a/m", "running", "stage C"],
+        ["at 1", "0 of 2 finished, about 2:20 h left"],
+        ["at 31", "q_a/m", "running", "stage C"],
+        ["at 32", "q_a/m", "finished", "stage C"],
+        ["at 32", "1 of 2 finished"],
     ]
+
+
+def test_the_time_left_is_that_of_all_runs_and_unknown_without_any_progress(runs_of):
+    runs = runs_of({"arms": ["q_base", "q_a", "q_b", "q_c"]})
+    done, going, new, to_come = runs
+    states = {done.name: "finished", going.name: "running", new.name: "running", to_come.name: "waiting"}
+    board = Board(runs=runs, states=states)
+    assert seconds_left(board) is None
+    for run, fraction, seconds in (
+        (done, 1.0, 2000.0),
+        (going, 0.25, 2000.0),
+    ):  # 1000 s and 4000 s in all, on 2 devices
+        run.folder.mkdir(parents=True)
+        progress(fraction=fraction, gpu_seconds=seconds).write(run.folder)
+    mean = (1000 + 4000) / 2
+    assert seconds_left(board) == (3000 + mean + mean) / 2
+    board.states[to_come.name] = "blocked"
+    assert seconds_left(board) == 3000  # the longest one
+    board.states |= {going.name: "failed", new.name: "failed"}
+    assert seconds_left(board) is None
 
 
 # On a cluster -------------------------------------------------------------------------------------------------------------------
@@ -694,12 +719,54 @@ def test_the_command_runs_a_matrix_file_quietly(tmp_path, runs_of, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     options = command.LaunchOptions(config="m.yaml", root=str(tmp_path / "runs"))
-    assert command.launch_matrix(options, program=(sys.executable, str(FAKE)), entry="fake_fit:main") == 0
+
+    def checked(command_lines):
+        return ["no such setting" if refuse and "--data.seed" in line else None for line in command_lines]
+
+    def go():
+        return command.launch_matrix(options, program=(sys.executable, str(FAKE)), entry="fake_fit:main", check=checked)
+
+    refuse = True
+    assert go() == 1
+    assert "error: m.yaml: runs[0]: q_a/m: no such setting\n1 of 1 runs have" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    refuse = False
+    assert go() == 0
     (line,) = (tmp_path / "runs" / "q_a" / "m" / "starts.jsonl").read_text().splitlines()
     assert json.loads(line)["arguments"][-2:] == ["--trainer.enable_progress_bar", "false"]
     assert "1 runs: 1 finished" in capsys.readouterr().out
+    refuse = True
+    assert go() == 0  # what is finished needs no settings any more
     with pytest.raises(ValueError, match="--jobs: got 0"):
         command.launch_matrix(replace(options, jobs=0), program=(), entry="")
+
+
+def test_a_process_finds_settings_that_fit_does_not_take(tmp_path, monkeypatch):
+    """Of all runs at once; an abbreviation is no setting either."""
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {budget: {tokns: 5}}\n")
+    arm = ("--config", str(ROOT / "configs" / "q_p1_bridge.yaml"))
+    good = (*arm, "--model.budget.tokens", "1000", "--model.stages.C.carry", "all", "--run.id", "m")
+    plugins = slurm.cluster_arguments(SlurmSettings())
+    monkeypatch.chdir(tmp_path)  # wherever it is called from
+    found = errors_in_a_process(
+        [
+            (*good, *plugins),
+            (*arm, "--model.budget.tokns", "5"),
+            (*arm, "--model.budget.token", "5"),
+            (*arm, "--model.stages.C.carri", "all"),
+            (*arm, "--config", str(overlay)),
+            (*arm, "--model.budget.tokens", "many"),
+        ]
+    )
+    assert found[:5] == [
+        None,
+        "model.budget.tokns: fit has no such setting",
+        "model.budget.token: fit has no such setting",
+        "model.stages.C.carri: fit has no such setting",
+        "model.budget.tokns: fit has no such setting",
+    ]
+    assert 'Parser key "model.budget.tokens"' in found[5]
 
 
 def test_importing_the_launcher_loads_neither_torch_nor_lightning():

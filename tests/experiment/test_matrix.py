@@ -201,7 +201,11 @@ def test_the_cluster_section_is_checked(slurm, message):
 def test_a_key_that_appears_twice_is_an_error(tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text("name: m\nruns:\n  - arms: [q_a]\n    arms: [q_b]\n")
-    with pytest.raises(ValueError, match=r"m.yaml: not YAML: line 3: arms appears twice"):
+    with pytest.raises(ValueError, match=r"m.yaml: line 4: the key arms appears twice \(first in line 3\)") as caught:
+        read_matrix(path)
+    assert "not YAML" not in str(caught.value)
+    path.write_text("name: m\nruns: [\n")
+    with pytest.raises(ValueError, match=r"m.yaml: not YAML: "):
         read_matrix(path)
     with pytest.raises(FileNotFoundError, match="no such matrix file"):
         read_matrix(tmp_path / "none.yaml")

@@ -129,7 +129,7 @@ def test_divergence_stops_the_run_and_says_where(world, tmp_path):
 
 
 def test_a_setting_without_limit_fits_into_the_record(world, tmp_path):
-    parts = run(world, tmp_path, "--model.engine.residual_gib=.inf", steps=4)
+    parts = run(world, tmp_path, "--model.engine.residual_gib=.inf", steps=10)
     record = RunRecord.read(parts.run.folder)
     assert record.status == "finished"
     assert record.config["model"]["engine"]["residual_gib"] == ".inf"

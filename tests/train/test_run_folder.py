@@ -9,7 +9,7 @@ from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.train.run_folder import claimed, differences, is_finished
 
 CONFIG = {
-    "run": {"id": "x"},
+    "run": {"id": "x", "root": "runs"},
     "data": {"seed": 0, "num_workers": 0, "verify": "full"},
     "trainer": {
         "precision": "32-true",
@@ -47,6 +47,7 @@ CALLBACKS = ("trainer", "callbacks")
     "config",
     [
         changed("trainer", "enable_progress_bar", False),
+        changed("run", "root", "/elsewhere/runs"),
         changed("data", "num_workers", 4),
         changed("data", "verify", "size"),
         changed(*CALLBACKS, 0, "init_args", "every_steps", 10),
@@ -88,7 +89,7 @@ def test_a_run_that_has_begun_keeps_its_first_configuration(tmp_path):
     with claimed(folder, changed("data", "num_workers", 4)):
         assert holder(folder) is not None
     with (
-        pytest.raises(ValueError, match=r"started with another configuration \(data.seed differ\)"),
+        pytest.raises(ValueError, match=r"another configuration \(data.seed differ\); compare with .*run/config.yaml"),
         claimed(folder, changed("data", "seed", 1)),
     ):
         pass

@@ -14,6 +14,7 @@ from ttt_lit.model.spec import LayerSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.evaluation import evaluation_modes
+from ttt_lit.train.schedule import LRSchedule
 from ttt_lit.train.stages import SizeConfig, StageConfig, Stages, plan_stages
 from ttt_lit.train.start import StartConfig
 from ttt_lit.ttt.inner import InnerLoop
@@ -119,7 +120,7 @@ def test_dense_attention_has_no_limit():
 
 def only(stage, size=DEMO):
     """The plan of a run with one stage."""
-    return plan_stages(Stages(B1=stage), size, Budget(tokens=4096), devices=1)[0]
+    return plan_stages(Stages(B1=stage), size, Budget(tokens=8192), devices=1)[0]
 
 
 IMPORTED = tiny_spec(LayerSpec(), LayerSpec(window=100), LayerSpec(), ttt_layer())
@@ -137,6 +138,16 @@ def test_a_stage_makes_its_network_from_the_imported_one():
 def test_layers_keep_their_attention_in_every_mode(mode):
     plan = only(StageConfig(mode=mode, window_share=0.5, full_attention_layers=[3]))
     assert [layer.window for layer in plan.network(IMPORTED).layers] == [128, 100, 128, None]
+
+
+def test_a_stage_of_one_step_with_warm_up_is_refused():
+    """Its only step would have rate 0."""
+    rest = (SimpleNamespace(spec=IMPORTED), StartConfig(init_from="."), InnerLoop(), DEMO)
+    (short,) = plan_stages(Stages(B1=StageConfig()), DEMO, Budget(tokens=4096), devices=1)
+    with pytest.raises(ValueError, match="stage B1: gets a single optimiser step, whose learning rate is 0"):
+        check_stages([short], *rest)
+    without = StageConfig(schedule=LRSchedule(warmup_share=0.0))
+    check_stages(plan_stages(Stages(B1=without), DEMO, Budget(tokens=4096), devices=1), *rest)
 
 
 def test_a_stage_may_update_some_of_the_ttt_layers():

@@ -5,7 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ttt_lit.experiment.comparison import flags
 from ttt_lit.experiment.findings import MIN_LEARNT
@@ -31,13 +31,24 @@ def baseline_reasons(baseline: Arm | None, resamples: int) -> Iterator[str]:
         yield "there is no baseline, or more than one; exactly one token-matched arm of TTT-E2E from scratch is needed"
         return
     yield from flags(baseline, resamples=resamples)
-    seeds: dict[str, list[str]] = {}
-    for record in baseline.records:
-        for problem in _weak_baseline(record):
-            seeds.setdefault(problem, []).append(str(record.seed))
-    yield from (f"{baseline.name}, seed {', '.join(each)}: {problem}" for problem, each in seeds.items())
+    yield from _by_seed(baseline, _weak_baseline)
+    yield from demo_reasons(baseline)
     if not baseline.gpu_hours("marginal"):
         yield f"the GPU-hours of {baseline.name} are not known"
+
+
+def demo_reasons(baseline: Arm) -> Iterator[str]:
+    """Why runs of this size decide nothing, however many there are."""
+    yield from _by_seed(baseline, _demo_size)
+
+
+def _by_seed(baseline: Arm, problems: Callable[[RunRecord], Iterator[str]]) -> Iterator[str]:
+    """What several seeds have alike is said once."""
+    seeds: dict[str, list[str]] = {}
+    for record in baseline.records:
+        for problem in problems(record):
+            seeds.setdefault(problem, []).append(str(record.seed))
+    yield from (f"{baseline.name}, seed {', '.join(each)}: {problem}" for problem, each in seeds.items())
 
 
 def _weak_baseline(record: RunRecord) -> Iterator[str]:
@@ -51,7 +62,6 @@ def _weak_baseline(record: RunRecord) -> Iterator[str]:
             f"the baseline has learnt too little: {final.nats_per_token:.3f} nats per token, unigram entropy {entropy:.3f}, "
             f"at least {MIN_LEARNT:g} nat below is needed"
         )
-    yield from _demo_size(record)
 
 
 def _demo_size(record: RunRecord) -> Iterator[str]:
@@ -77,11 +87,16 @@ def missing_shares(arms: Mapping[float, Arm]) -> Iterator[str]:
             yield f"no run at {share:g} of the baseline's GPU-hours"
 
 
-def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account) -> Iterator[str]:
-    """Too few seeds, or GPU-hours that cannot be compared; ``arms``: the wall-clock-matched ones."""
+def single_seeds(baseline: Arm | None, arms: Sequence[Arm]) -> Iterator[str]:
+    """Arms with too few seeds, in one sentence; ``arms``: the wall-clock-matched ones."""
     single = [arm.name for arm in ([] if baseline is None else [baseline]) + list(arms) if len(arm.seeds) < MIN_SEEDS]
     if single:
         yield f"a single seed: {', '.join(single)}; run at least {MIN_SEEDS}"
+
+
+def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account) -> Iterator[str]:
+    """Too few seeds, or GPU-hours that cannot be compared; ``arms``: the wall-clock-matched ones."""
+    yield from single_seeds(baseline, arms)
     if baseline is not None:
         devices = {record.environment.device for arm in (baseline, *arms) for record in arm.records}
         if len(devices) > 1:

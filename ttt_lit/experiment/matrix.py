@@ -49,6 +49,8 @@ class PlannedRun:
     gpu_hours: WallClock | None = None
     variant: str = ""
     """Axes that are not at their default, for people: ``b2_budget=5,carry=all``."""
+    entry: str = ""
+    """The entry of the matrix file that gives it: ``runs[0]``."""
 
     @property
     def name(self) -> str:
@@ -79,8 +81,8 @@ def expand(matrix: Matrix, *, configs: str | Path = "configs", root: str | None 
     runs: dict[str, PlannedRun] = {}
     meanings: dict[str, str] = {}  # id → what it trains
     read = functools.cache(_flat_file)
-    for entry in matrix.runs:
-        for run, meaning in _runs_of(entry, matrix.name, str(configs), root, read):
+    for index, entry in enumerate(matrix.runs):
+        for run, meaning in _runs_of(entry, f"runs[{index}]", matrix.name, str(configs), root, read):
             if meanings.get(run.name, meaning) != meaning:
                 raise ValueError(
                     f"matrix {matrix.name}: two different settings have the id {run.name}; make them labels of an axis"
@@ -93,7 +95,9 @@ def expand(matrix: Matrix, *, configs: str | Path = "configs", root: str | None 
     return linked
 
 
-def _runs_of(entry: Entry, name: str, configs: str, root: str | None, read: _Read) -> Iterator[tuple[PlannedRun, str]]:
+def _runs_of(
+    entry: Entry, place: str, name: str, configs: str, root: str | None, read: _Read
+) -> Iterator[tuple[PlannedRun, str]]:
     """The runs of one entry, each with a text that is equal for what trains the same."""
     shares = [None] if entry.gpu_hours is None else list(entry.gpu_hours.shares)
     for arm, point, share, seed in itertools.product(entry.arms, _points(entry), shares, entry.seeds):
@@ -121,6 +125,7 @@ def _runs_of(entry: Entry, name: str, configs: str, root: str | None, read: _Rea
             tokens=resolved.get("model.budget.tokens") if match is None else None,
             gpu_hours=match,
             variant=variant,
+            entry=place,
         )
         described = {key: value for key, value in resolved.items() if key != "run.id"}
         yield run, json.dumps([described, None if match is None else [match.of, match.share]], sort_keys=True)

@@ -79,6 +79,8 @@ def read_matrix(path: str | Path) -> Matrix:
         raise FileNotFoundError(f"{path}: no such matrix file; configs/matrix/ has some")
     try:
         plain = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+    except _KeyTwice as error:
+        raise ValueError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     return parse_matrix(plain, str(path))
@@ -230,13 +232,17 @@ def _expect(condition: Any, value: Any, where: str, expected: str) -> None:
         raise ValueError(f"{where}: got {value!r:.80}, expected {expected}")
 
 
+class _KeyTwice(ValueError):
+    """YAML that another reader would take; the message names line and key."""
+
+
 class _NoDuplicates(yaml.SafeLoader):
     """YAML keeps the last of two equal keys; here the first one would be a run that silently is none."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            mark = node.start_mark
-            raise yaml.YAMLError(f"line {mark.line + 1}: {', '.join(sorted(twice))} appears twice")
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                first, again = (node.value[at][0].start_mark.line + 1 for at in (keys.index(key), place))
+                raise _KeyTwice(f"line {again}: the key {key} appears twice (first in line {first}); remove one")
         return super().construct_mapping(node, deep)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ttt_lit.experiment.comparison import Comparison, Differences, hours_ratio
 from ttt_lit.experiment.formats import NONE, billions, interval_text, loss
 from ttt_lit.experiment.gates import CandidateGates
+from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
 
 ACCOUNT_WORDS: dict[Account, str] = {"marginal": "run alone", "with_parents": "with parents"}
@@ -37,6 +38,8 @@ class Budget:
     """One wall-clock-matched arm."""
 
     arm: str
+    records: tuple[RunRecord, ...]
+    """Its runs, one per seed."""
     shares: tuple[str, ...]
     """Measured GPU-hours as a share of the baseline's, one per account."""
     loss: str
@@ -66,6 +69,7 @@ def budgets(
     return [
         Budget(
             arm=arm.name,
+            records=arm.records,
             shares=tuple(_ratio(arm, family.baseline, account) for account in ACCOUNTS),
             loss=loss(arm.loss),
             difference=differences[arm.name]["ttt_scratch"],

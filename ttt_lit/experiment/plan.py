@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ttt_lit.experiment.announced import announced
 from ttt_lit.experiment.devices import Device, device_named
 from ttt_lit.experiment.plan_config import PlannedRun, read_run
 from ttt_lit.experiment.plan_memory import PARTS, Setting, StageMemory, stage_memory
@@ -100,11 +101,13 @@ def planned_stage(
     spec, engine = stage.network(run.spec), run.module.engine
     flops = stage_flops(spec, stage, engine, precision=run.precision)
     ceiling = None if device.peak_tflops is None else device.peak_tflops * 1e12 / flops.total
+    with announced(f"stage {stage.name} of {run.name.partition('/')[0]}: measuring memory …"):
+        memory = stage_memory(spec, stage, engine, setting)
     return PlannedStage(
         plan=stage,
         spec=spec,
         flops=flops,
-        memory=stage_memory(spec, stage, engine, setting),
+        memory=memory,
         ceiling=ceiling,
         expected=None if ceiling is None else ceiling * utilisation,
     )

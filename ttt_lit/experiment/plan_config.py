@@ -18,7 +18,7 @@ from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import Origin, origin_of_checkpoint
-from ttt_lit.train.run import BASE, PRECISIONS, _CommandLine
+from ttt_lit.train.run import PRECISIONS, _CommandLine, parser_settings
 from ttt_lit.train.stages import StagePlan, plan_stages
 from ttt_lit.train.start import Start, _with_prime
 
@@ -69,7 +69,7 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
         save_config_callback=None,
         seed_everything_default=False,
         auto_configure_optimizers=False,
-        parser_kwargs={"default_config_files": [str(BASE)], "prog": "cli.py plan"},
+        parser_kwargs=parser_settings("plan"),
     )
     module, trainer = cli.model, cli.config.trainer
     precision = "32-true" if str(trainer.precision) in ("32", "None") else str(trainer.precision)

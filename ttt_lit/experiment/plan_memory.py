@@ -11,7 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, learns, rehearse
+from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, learns, rehearse, with_fused_windows
 from ttt_lit.model.flops import chunks_kept, product_numbers
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.ops import cross_entropy
@@ -125,7 +125,13 @@ def _line(spec: ModelSpec, batch: MicroBatch, chunks: int) -> Peaks:
     return Peaks(*(b + (b - a) * (chunks - _REHEARSED[1]) for a, b in zip(few, more, strict=True)))
 
 
-_rehearsed = functools.cache(rehearse)
+def _rehearsed(spec: ModelSpec, batch: MicroBatch) -> Peaks:
+    """A rehearsal, made once for everything that it cannot tell apart: it is the slow part of a plan."""
+    existing = batch.gradients_exist and not batch.sharded
+    return _rehearsed_once(with_fused_windows(spec, batch), dataclasses.replace(batch, gradients_exist=existing))
+
+
+_rehearsed_once = functools.cache(rehearse)
 
 
 def _updates(plan: StagePlan) -> bool:

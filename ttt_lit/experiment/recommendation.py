@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ttt_lit.experiment.gates import MAX_DELTA, MAX_SHARE, CandidateGates
+from ttt_lit.experiment.next_step import NextStep, demo_step
 from ttt_lit.experiment.study import FamilyStudy
 from ttt_lit.experiment.verdict import Gate
 
@@ -26,6 +27,8 @@ class Recommendation:
     """One sentence."""
     would_change: str
     """The one measurement that would change the verdict."""
+    step: NextStep | None = None
+    """Where the size is a demo's: what can be done at this size; ``would_change`` says it in words."""
 
 
 def recommend_scaling(family: FamilyStudy, candidates: Sequence[CandidateGates]) -> Recommendation:
@@ -93,14 +96,22 @@ def _almost(family: FamilyStudy, best: CandidateGates) -> Recommendation:
 
 
 def _undecided(family: FamilyStudy, best: CandidateGates) -> Recommendation:
-    count = len(best.marginal.reasons)
+    count, step = len(best.marginal.reasons), demo_step(family, best)
+    first = f"{'First of all' if count > 1 else 'Only'} this has to change: {best.marginal.reasons[0]}."
     gaps = "one reason" if count == 1 else f"{count} reasons"
     return _recommendation(
         family,
         "not yet",
-        f"The evidence on {best.name} is insufficient for {gaps}; the gates list all of them.",
-        f"{'First of all' if count > 1 else 'Only'} this has to change: {best.marginal.reasons[0]}.",
+        f"The evidence on {best.name} is insufficient for {gaps}, which stand under Gates.",
+        first if step is None else _at_demo_size(step),
+        step,
     )
+
+
+def _at_demo_size(step: NextStep) -> str:
+    """That the size cannot decide, then what it can still show."""
+    command = f": {step.command}" if step.command else ""
+    return f"A demo's size can never decide ({step.limit}). At this size, first: {step.sentence}{command}."
 
 
 def _no(family: FamilyStudy, judged: list[CandidateGates]) -> Recommendation:
@@ -117,12 +128,13 @@ def _said(gate: Gate) -> str:
     return "insufficient in evidence" if gate.outcome == "insufficient" else "failed"
 
 
-def _recommendation(family: FamilyStudy, verdict: Verdict, why: str, would_change: str) -> Recommendation:
+def _recommendation(family: FamilyStudy, verdict: Verdict, why: str, would_change: str, step: NextStep | None = None) -> Recommendation:
     return Recommendation(
         family=family.family,
         verdict=verdict,
         why=shorten_failures(why, family),
         would_change=shorten_failures(would_change, family),
+        step=step,
     )
 
 

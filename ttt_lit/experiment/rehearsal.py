@@ -72,7 +72,7 @@ def rehearse(spec: ModelSpec, batch: MicroBatch) -> Peaks:
     """Peaks of one micro-batch, forward and backward, from the real code on tensors without memory."""
     with FakeTensorMode(), _kernels_of_the_device(batch):
         with torch.device("cpu"):
-            decoder = Decoder(_with_fused_windows(spec, batch))
+            decoder = Decoder(with_fused_windows(spec, batch))
             tokens = torch.zeros(batch.sequences, batch.context + 1, dtype=torch.long)
         _prepare_gradients(decoder, batch)
         opened = _LOSS + (_ATTENTION if batch.on_cpu else ())
@@ -102,7 +102,7 @@ def _forward_and_backward(decoder: Decoder, tokens: Tensor, batch: MicroBatch, l
     return Peaks(forward, max(suffix, default=0), live.take_peak())
 
 
-def _with_fused_windows(spec: ModelSpec, batch: MicroBatch) -> ModelSpec:
+def with_fused_windows(spec: ModelSpec, batch: MicroBatch) -> ModelSpec:
     """On a GPU every attention holds its operands, its output and a number a row, whatever kernel runs: that of our operator."""
     return spec if batch.on_cpu else windowed(spec, max(1, batch.context - 1))
 

@@ -129,6 +129,12 @@ class FamilyStudy:
         arms = {arm.share: arm for arm in self._of(experiment, variant) if arm.share is not None}
         return dict(sorted(arms.items()))
 
+    @property
+    def evidence(self) -> int:
+        """How much of a comparison is finished: 2, the baseline and a candidate; 1, one of the two; 0, neither."""
+        baseline = self.baseline is not None and self.baseline.finished
+        return baseline + any(arm.finished for arm in self.arms if arm.role in CANDIDATES)
+
     def _of(self, experiment: str, variant: str) -> Iterator[Arm]:
         return (arm for arm in self.arms if (arm.experiment, arm.variant) == (experiment, variant))
 
@@ -138,7 +144,7 @@ class Study:
     """All runs that were read, sorted into families."""
 
     families: dict[str, FamilyStudy]
-    """By name, sorted."""
+    """By name, those with the most evidence first."""
     external: list[RunRecord] = field(default_factory=list)
     """Runs that made the checkpoints that others start from."""
     others: list[RunRecord] = field(default_factory=list)
@@ -150,15 +156,15 @@ class Study:
 def read_study(records: Sequence[RunRecord]) -> Study:
     """Sort runs into arms and families. Takes anything that a run can leave behind; what does not fit becomes a problem."""
     compared = [record for record in records if record.role not in (None, "external")]
-    families: dict[str, FamilyStudy] = {}
+    families: list[FamilyStudy] = []
     problems = list(_mixed_families(compared))
     for family in sorted({record.model.family for record in compared}):
         arms = _arms([record for record in compared if record.model.family == family])
         study, unclear = _family(family, arms)
-        families[family] = study
+        families.append(study)
         problems += [f"{family}: {problem}" for problem in (*unclear, *_family_problems(study))]
     return Study(
-        families=families,
+        families={study.family: study for study in sorted(families, key=lambda study: (-study.evidence, study.family))},
         external=[record for record in records if record.role == "external"],
         others=[record for record in records if record.role is None],
         problems=problems,

@@ -59,6 +59,11 @@ def check_stages(
             raise ValueError(
                 f"stage {plan.name}: full_attention_layers: got {unknown}, expected layer indices from 0 to {start.spec.num_layers - 1}"
             )
+        if plan.budget.steps == 1 and plan.config.schedule.warmup_share > 0:
+            raise ValueError(
+                f"stage {plan.name}: gets a single optimiser step, whose learning rate is 0 by the warm-up, so nothing would be trained; "
+                "raise its share or the budget, or set schedule.warmup_share: 0"
+            )
         updated = plan.config.updated_layers
         if updated is not None and (not updated or set(updated) - set(start.spec.ttt_layers)):
             raise ValueError(

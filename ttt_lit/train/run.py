@@ -64,6 +64,11 @@ def _fsdp2(devices: Any, num_nodes: int) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=count * num_nodes, tensor_parallel_size=1)
 
 
+def parser_settings(command: str) -> dict[str, Any]:
+    """What every parser of a run's settings is made with. A setting is written out: its beginning could be another one tomorrow."""
+    return {"default_config_files": [str(BASE)], "prog": f"cli.py {command}", "allow_abbrev": False}
+
+
 class _CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunConfig, "run")
@@ -132,7 +137,7 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"default_config_files": [str(BASE)], "prog": f"cli.py {command}"},
+            parser_kwargs=parser_settings(command),
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error

@@ -18,6 +18,7 @@ CONFIG_NAME, RECORD_NAME = "config.yaml", "record.json"
 # Settings that change what is shown, or how fast and how safely the same numbers are made: no part of what a run is, so a start may
 # change them. Section, or class of a callback → its keys; None: the callback itself may come and go.
 NOT_IDENTITY: dict[str, tuple[str, ...] | None] = {
+    "run": ("root",),  # the folder that is compared with says it already; as a path it can be written in many ways
     "trainer": ("enable_progress_bar",),
     "data": ("num_workers", "verify"),
     "callbacks.stage_checkpoint.StageCheckpoint": ("every_seconds",),
@@ -93,7 +94,8 @@ def _keep_config(folder: Path, config: dict[str, Any]) -> None:
         begun = (folder / RECORD_NAME).exists() or resume_file(folder) is not None
         if changed and begun:
             raise ValueError(
-                f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); give another --run.id"
+                f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); compare with {path}, and go "
+                "back to it, or make it a run of its own (a matrix: another name or a label of an axis; fit: another --run.id)"
             )
         if not changed:
             return

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from rich.console import Console
 
+from ttt_lit.experiment.launch.check import Check, errors_in_a_process, faults
+from ttt_lit.experiment.launch.folder import recorded
 from ttt_lit.experiment.launch.local import LocalBackend, environments_for, usable_cores, visible_gpus
 from ttt_lit.experiment.launch.loop import Backend, Board, launch
 from ttt_lit.experiment.launch.slurm import SlurmBackend
@@ -41,22 +43,45 @@ def planned_runs(options: LaunchOptions) -> tuple[Matrix, list[PlannedRun]]:
     return matrix, [replace(run, arguments=(*run.arguments, *_QUIET)) for run in runs]
 
 
-def launch_matrix(options: LaunchOptions, *, program: Sequence[str], entry: str) -> int:
+def launch_matrix(
+    options: LaunchOptions, *, program: Sequence[str], entry: str, check: Check = errors_in_a_process
+) -> int:
     """Execute a matrix. Exit status: 0 if every run is finished, 1 if not, 130 after Ctrl-C.
 
     Args:
         program: how to call the command line on this machine.
         entry: ``module:function`` of ``fit``, for jobs of a cluster.
+        check: says which runs have settings that ``fit`` cannot read; if there is one, nothing starts.
     """
     matrix, runs = planned_runs(options)
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs: got {options.jobs}, expected at least 1")
+    if are_refused(options.config, [run for run in runs if not _is_finished(run)], check):
+        return 1
     if options.launcher == "slurm":
         cluster = SlurmBackend(matrix.slurm, entry)
         return run_to_end(matrix.name, runs, cluster, slots=options.jobs, console=Console(), poll_seconds=10.0)
     slots = 1 if options.jobs is None else options.jobs
     environments = environments_for(slots, os.environ, visible_gpus(os.environ), usable_cores())
     return run_to_end(matrix.name, runs, LocalBackend(program, environments), slots=slots, console=Console())
+
+
+def are_refused(config: str, runs: Sequence[PlannedRun], check: Check) -> bool:
+    """Whether ``fit`` would refuse settings of a run; says which."""
+    found = faults(config, runs, check)
+    for line in found:
+        _warn(f"error: {line}")
+    if found:
+        _warn(f"{len(found)} of {len(runs)} runs have settings that fit does not take, so nothing was started")
+    return bool(found)
+
+
+def _is_finished(run: PlannedRun) -> bool:
+    try:
+        found = recorded(run.folder)
+    except (ValueError, OSError):  # the loop reports it as that run's failure
+        return False
+    return found is not None and found.status == "finished"
 
 
 def run_to_end(

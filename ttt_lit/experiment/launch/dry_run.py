@@ -6,15 +6,18 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ttt_lit.experiment.devices import device_named
-from ttt_lit.experiment.launch.command import LaunchOptions, planned_runs
+from ttt_lit.experiment.launch.check import Check
+from ttt_lit.experiment.launch.command import LaunchOptions, are_refused, planned_runs
 from ttt_lit.experiment.launch.folder import NotFinished, matched_budget, recorded
 from ttt_lit.experiment.launch.slurm import cluster_arguments
 from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.plan import PlannedStage, PlanOptions, planned_stage
 from ttt_lit.experiment.plan_config import read_run
 from ttt_lit.experiment.plan_memory import Setting
+from ttt_lit.train.arguments import errors_of
 from ttt_lit.train.stage_flops import number_bytes
 
 # They say nothing about work or memory, so runs that differ in them share a plan.
@@ -31,19 +34,25 @@ class Cost:
     """Of one device, at the peak of the hungriest stage."""
     unknown: str = ""
     """Why nothing is known."""
+    no_hours: str = ""
+    """Why the GPU-hours are not known, and what to do about it."""
 
 
-def dry_run(options: LaunchOptions, planning: PlanOptions) -> int:
-    """Print what every run of the matrix would be. Returns the exit status."""
+def dry_run(options: LaunchOptions, planning: PlanOptions, *, check: Check = errors_of) -> int:
+    """Print what every run of the matrix would be. Returns the exit status: 1 if ``fit`` would refuse a run's settings."""
+    if planning.shape is not None and not Path(planning.shape).is_file():
+        raise FileNotFoundError(f"--shape: {planning.shape} does not exist")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     matrix, runs = planned_runs(options)
     extra = cluster_arguments(matrix.slurm) if options.launcher == "slurm" else ()
+    if are_refused(options.config, runs, check):
+        return 1
     plans = _Plans(runs, extra, planning)
     for number, run in enumerate(runs):
         print(f"[{number + 1}/{len(runs)}] {run.name}{_state(run)}")
         print(f"  python cli.py fit {shlex.join(plans.arguments(run))}")
         print(f"  {_budget(run)}; {_describe(plans.cost(run))}", flush=True)
-    print(_total([plans.cost(run).gpu_hours for run in runs]))
+    print(_total([plans.cost(run) for run in runs]))
     return 0
 
 
@@ -65,8 +74,9 @@ class _Plans:
         cost = self._known[key]
         if run.gpu_hours is None or self._hours(run) is not None:
             return cost
-        expected = self.cost(self.runs[run.gpu_hours.of]).gpu_hours
-        return replace(cost, gpu_hours=None if expected is None else run.gpu_hours.share * expected)
+        baseline = self.cost(self.runs[run.gpu_hours.of])
+        expected = None if baseline.gpu_hours is None else run.gpu_hours.share * baseline.gpu_hours
+        return replace(cost, gpu_hours=expected, no_hours=baseline.no_hours)
 
     def _hours(self, run: PlannedRun) -> float | None:
         if run.gpu_hours is None:
@@ -88,13 +98,17 @@ def _cost(arguments: list[str], planning: PlanOptions) -> Cost:
     try:
         stages = _planned_stages(arguments, planning)
     except FileNotFoundError as error:
-        return Cost(unknown=_missing(error))
+        text, cure = _missing(error)
+        return Cost(unknown=text, no_hours=text + cure)
     except (ValueError, OSError) as error:
-        return Cost(unknown=" ".join(str(error).split()))
+        text = " ".join(str(error).split())
+        return Cost(unknown=text, no_hours=text)
     hours = [stage.device_hours for stage in stages]
+    known = None if None in hours else sum(one or 0.0 for one in hours)
     return Cost(
-        gpu_hours=None if None in hours else sum(one or 0.0 for one in hours),
+        gpu_hours=known,
         memory_bytes=max(stage.memory.total for stage in stages),
+        no_hours="" if known is not None else "the device has no published peak; give --peak-tflops",
     )
 
 
@@ -107,10 +121,13 @@ def _planned_stages(arguments: list[str], planning: PlanOptions) -> list[Planned
     return [planned_stage(run, stage, device, setting, planning.utilisation) for stage in run.plans(devices)]
 
 
-def _missing(error: FileNotFoundError) -> str:
+def _missing(error: FileNotFoundError) -> tuple[str, str]:
+    """What is missing, and what helps until it is there."""
     text = " ".join(str(error).split())
     before, found, _ = text.partition(" does not exist")
-    return f"{before.split(': ')[-1]} does not exist yet" if found else text
+    if not found:
+        return text, ""
+    return f"{before.split(': ')[-1]} does not exist yet", "; until it does, give the network's shape with --shape FILE"
 
 
 def _state(run: PlannedRun) -> str:
@@ -136,11 +153,15 @@ def _describe(cost: Cost) -> str:
     return f"{hours}, {memory} on each device"
 
 
-def _total(hours: Sequence[float | None]) -> str:
-    known = [one for one in hours if one is not None]
-    missing = len(hours) - len(known)
-    note = f"; {missing} not known and not in the sum (a CPU needs --peak-tflops)" if missing else ""
-    return f"{len(hours)} runs: {_hours(sum(known))} GPU-hours{note}"
+def _total(costs: Sequence[Cost]) -> str:
+    known = [cost.gpu_hours for cost in costs if cost.gpu_hours is not None]
+    missing = len(costs) - len(known)
+    reasons = dict.fromkeys(cost.no_hours for cost in costs if cost.gpu_hours is None)
+    why = f" ({'; '.join(reasons)})" if missing else ""
+    if not known:
+        return f"{len(costs)} runs: GPU-hours not known{why}"
+    note = f"; {missing} not known and not in the sum{why}" if missing else ""
+    return f"{len(costs)} runs: {_hours(sum(known))} GPU-hours{note}"
 
 
 def _hours(hours: float) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ttt_lit.experiment.launch.loop import Board
+from ttt_lit.experiment.launch.outlook import seconds_left
 from ttt_lit.experiment.launch.progress import Progress
 from ttt_lit.experiment.launch.schedule import State
 from ttt_lit.experiment.matrix import PlannedRun
@@ -66,6 +67,17 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
+def outlook(board: Board) -> str:
+    """``3 of 10 finished, about 25 min left``."""
+    finished = sum(state == "finished" for state in board.states.values())
+    left = seconds_left(board)
+    return f"{finished} of {len(board.runs)} finished" + ("" if left is None else f", about {duration(left)} left")
+
+
+def time_of_day() -> str:
+    return time.strftime("%H:%M:%S")
+
+
 def counts(board: Board) -> str:
     """``2 finished, 1 running``."""
     states = list(board.states.values())
@@ -89,7 +101,8 @@ class LiveTable:
         self._live.__exit__(kind, error, trace)
 
     def __call__(self, board: Board) -> None:
-        table = Table(*HEADER, title=f"{self.title}: {counts(board)}", title_justify="left")
+        title = f"{time_of_day()}  {self.title}: {outlook(board)} ({counts(board)})"
+        table = Table(*HEADER, title=title, title_justify="left")
         for run in board.runs:
             state = board.states[run.name]
             cells = [Text(cell) for cell in row(run, board)]
@@ -99,7 +112,10 @@ class LiveTable:
 
 
 class Lines:
-    """Prints a line for every run that changes its state at once, and progress no more often than ``every_seconds``."""
+    """Prints a line for every run that changes its state at once, and progress no more often than ``every_seconds``.
+
+    Runs that wait, or were finished before, share a line at the start.
+    """
 
     def __init__(
         self,
@@ -107,11 +123,13 @@ class Lines:
         *,
         every_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        time_of_day: Callable[[], str] = time_of_day,
     ) -> None:
-        self.write, self.every_seconds, self.clock = write, every_seconds, clock
+        self.write, self.every_seconds, self.clock, self.time_of_day = write, every_seconds, clock, time_of_day
         self._states: dict[str, State] = {}
         self._cells: dict[str, tuple[str, ...]] = {}
         self._last = float("-inf")
+        self._outlook = ""
 
     def __enter__(self) -> Lines:
         return self
@@ -121,13 +139,36 @@ class Lines:
 
     def __call__(self, board: Board) -> None:
         due = self.clock() - self._last >= self.every_seconds
+        if not self._states:
+            self._begin(board)
+        changed = False
         for run in board.runs:
             state = board.states[run.name]
-            if state != self._states.get(run.name) or (due and state == "running"):
+            is_new = state != self._states.get(run.name)
+            if is_new or (due and state == "running"):
                 self._write(run, board)
+            changed = changed or is_new
             self._states[run.name] = state
+        if due or changed:
+            self._write_outlook(board)
         if due:
             self._last = self.clock()
+
+    def _begin(self, board: Board) -> None:
+        for state in ("finished", "waiting"):
+            names = [run.name for run in board.runs if board.states[run.name] == state]
+            self._states |= dict.fromkeys(names, state)
+            if names:
+                self._say(f"{state}: {', '.join(names)}")
+
+    def _write_outlook(self, board: Board) -> None:
+        text = outlook(board)
+        if text != self._outlook:
+            self._outlook = text
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self.write(f"{self.time_of_day()}  {text}")
 
     def _write(self, run: PlannedRun, board: Board) -> None:
         cells = row(run, board)
@@ -141,4 +182,4 @@ class Lines:
             f"loss {loss}" if loss else "",
             f"{left} left" if left else "",
         ]
-        self.write("  ".join([cells[0], cells[1], *(text for text in named if text)]))
+        self._say("  ".join([cells[0], cells[1], *(text for text in named if text)]))

@@ -28,7 +28,7 @@ from ttt_lit.experiment.page.style import CSS
 _LONG = 28
 """Letters from which a cell of a wide table is given more room."""
 _NUMBER_CLASS = ' class="number"'
-# Phones show a wide table's rows as blocks, which would take the table's meaning from screen readers.
+# Phones show a table's rows as blocks, which would take the table's meaning from screen readers.
 _ROLE = {name: f' role="{name}"' for name in ("table", "row", "columnheader", "rowheader", "cell")}
 _NUMBER = re.compile(r"[+−–-]?(\d[\d,.]*)?[BMK%]?( \[.*\])?")
 
@@ -114,28 +114,27 @@ def _grid(block: Grid) -> str:
     columns = list(zip(*block.rows, strict=True)) or [()] * len(block.header)
     numeric = [bool(column) and not block.wide and _holds_numbers(column) for column in columns]
     head = "".join(
-        f'<th scope="col"{_ROLE["columnheader"] if block.wide else ""}{_NUMBER_CLASS if number else ""}>{escape(name)}</th>'
+        f'<th scope="col"{_ROLE["columnheader"]}{_NUMBER_CLASS if number else ""}>{escape(name)}</th>'
         for name, number in zip(block.header, numeric, strict=True)
     )
     rows = "\n".join(_grid_row(block, row, numeric) for row in block.rows)
+    kind = ' class="wide"' if block.wide else ""
     name = escape(block.caption, quote=True)
-    table, row = (f'<table class="wide"{_ROLE["table"]}>', f"<tr{_ROLE['row']}>") if block.wide else ("<table>", "<tr>")
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{table}<caption>{escape(block.caption)}</caption>'
-        f"<thead>{row}{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table{kind}{_ROLE["table"]}>'
+        f"<caption>{escape(block.caption)}</caption>"
+        f"<thead><tr{_ROLE['row']}>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     )
 
 
 def _grid_row(block: Grid, row: Sequence[Cell], numeric: Sequence[bool]) -> str:
+    """``data-column`` names a cell where a phone shows it apart from its column."""
     first, *others = row
-    if not block.wide:
-        kinds = [_NUMBER_CLASS if number else "" for number in numeric[1:]]
-        cells = [f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(others, kinds, strict=True)]
-        return f'<tr><th scope="row">{_cell(first)}</th>{"".join(cells)}</tr>'
     names = [escape(name, quote=True) for name in block.header[1:]]
+    kinds = [f' class="{_width(cell)}"' for cell in others] if block.wide else [_NUMBER_CLASS * n for n in numeric[1:]]
     cells = [
-        f'<td{_ROLE["cell"]} class="{_width(cell)}" data-column="{name}">{_cell(cell)}</td>'
-        for cell, name in zip(others, names, strict=True)
+        f'<td{_ROLE["cell"]}{kind} data-column="{name}">{_cell(cell)}</td>'
+        for cell, name, kind in zip(others, names, kinds, strict=True)
     ]
     return f'<tr{_ROLE["row"]}><th scope="row"{_ROLE["rowheader"]}>{_cell(first)}</th>{"".join(cells)}</tr>'
 

@@ -42,27 +42,27 @@ summary { cursor: pointer; color: var(--soft); } details .line { margin-top: .1r
 .gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 33rem), 1fr)); gap: 1.5rem 2rem; align-items: start; }
 figure { margin: 0; min-width: 0; max-width: 46rem; }
 figure .title { font-weight: 600; margin: 0 0 .3rem; }
-figure .drawing { overflow-x: auto; }
-figure svg { display: block; width: 100%; height: auto; min-width: 33rem; }
+figure svg { display: block; width: 100%; max-width: 100%; height: auto; }
 figcaption { font-size: .82rem; color: var(--soft); margin-top: .3rem; }
 .absent { border: 1px dashed var(--line); padding: 1.2rem; color: var(--soft); }
 pre { white-space: pre-wrap; background: var(--shade); padding: .8rem; border-radius: 4px; font-size: .85rem; }
 @media screen and (max-width: 40rem) {
-  table.wide thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
-  table.wide, table.wide caption, table.wide tbody, table.wide tr, table.wide tbody th, table.wide td { display: block; }
-  table.wide tr { border-top: 2px solid var(--line); padding: .3rem 0; }
-  table.wide tbody th, table.wide td, table.wide td.long, table.wide td.short { border: 0; max-width: none; min-width: 0;
+  thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+  table, caption, tbody, tr, tbody th, td { display: block; }
+  tr { border-top: 2px solid var(--line); padding: .3rem 0; }
+  tbody th, td, td.number, table.wide td, table.wide td.long, table.wide td.short { border: 0; max-width: none; min-width: 0;
     white-space: normal; overflow-wrap: anywhere; padding: .2rem .6rem; }
   table.wide td::before { content: attr(data-column); display: block; font-size: .78rem; color: var(--soft); }
+  table:not(.wide) td { display: flex; justify-content: space-between; flex-wrap: wrap; gap: 0 1rem; text-align: right; }
+  table:not(.wide) td::before { content: attr(data-column); color: var(--soft); margin-right: auto; }
 }
-@media (max-width: 40rem) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } .question { font-size: 1rem; } }
+@media (max-width: 40rem) { body { padding: 1rem .6rem 3rem; } h1 { font-size: 1.4rem; } .question { font-size: 1rem; } }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   :root { --ink: #000; --soft: #000; --shade: #fff; --line: #888; }
   body { max-width: none; padding: 0; font-size: 10pt; background: #fff; }
   h2, h3 { break-after: avoid; } figure, .verdict, tr { break-inside: avoid; }
-  .scroll, figure .drawing { overflow: visible; border: 0; }
-  figure svg { min-width: 0; }
+  .scroll { overflow: visible; border: 0; }
   table { font-size: 7.2pt; } th, td { padding: .15rem .25rem; }
   thead { display: table-header-group; }
   td.number, thead th, table.wide td.short { white-space: normal; }

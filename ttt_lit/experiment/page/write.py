@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ttt_lit.experiment.study import read_study
 FIGURES = "figures"
 
 
-def write_report(records: Sequence[RunRecord], folder: Path, *, command: str) -> Path:
+def write_report(records: Sequence[RunRecord], folder: Path, *, command: str, unreadable: Sequence[str] = ()) -> Path:
     """Write ``report.html``, ``report.md``, ``runs.csv``, ``gates.csv`` and ``figures/*.png`` and ``.svg``; returns the HTML page.
 
     The same records and the same command give the same bytes. Figures of an earlier report in the folder are replaced, not removed.
@@ -27,9 +28,11 @@ def write_report(records: Sequence[RunRecord], folder: Path, *, command: str) ->
         records: runs in any order.
         folder: made where it does not exist.
         command: as the page shows it, for whoever wants to make it again.
+        unreadable: sentences on records that could not be read, listed first among the problems.
     """
     ordered = sorted(records, key=lambda record: (record.name, record.seed))
     study = read_study(ordered)
+    study = dataclasses.replace(study, problems=[*unreadable, *study.problems])
     judged = {name: judge_candidates(family) for name, family in study.families.items()}
     page = build_page(study, judged, ordered, command=command)
     drawings = {picture.stem: _draw(picture, folder) for picture in page.pictures}

@@ -8,14 +8,19 @@ from ttt_lit.experiment.findings import findings, window_of
 from ttt_lit.experiment.record import RunRecord, Stage, Validation
 from ttt_lit.experiment.report.decision import decision
 from ttt_lit.experiment.report.table import Table
+from ttt_lit.experiment.unfinished import marked
 
 FEW = 3
 """Runs up to which each is described in sentences."""
 
 
-def console(records: Sequence[RunRecord]) -> str:
-    """Tables of all runs; then what each shows in sentences, or of more than ``FEW`` runs what they decide together."""
-    blocks = [table.text() for table in tables(records)]
+def console(records: Sequence[RunRecord], *, unreadable: Sequence[str] = ()) -> str:
+    """Tables of all runs; then what each shows in sentences, or of more than ``FEW`` runs what they decide together.
+
+    ``unreadable``: sentences on records that could not be read; they come first.
+    """
+    blocks = ["\n".join(["Problems", *(f"  - {line}" for line in unreadable)])] if unreadable else []
+    blocks += [table.text() for table in tables(records)]
     if len(records) > FEW:
         return "\n\n".join([*blocks, *decision(records)])
     for record in records:
@@ -24,7 +29,7 @@ def console(records: Sequence[RunRecord]) -> str:
 
 
 def tables(records: Sequence[RunRecord]) -> list[Table]:
-    """The tables that have at least one row; runs and stages in the given order."""
+    """The tables that have at least one row; runs and stages in the given order, a run that did not finish with its status."""
     made = [_stages(records), _validations(records), _transitions(records)]
     return [table for table in made if table.rows]
 
@@ -37,7 +42,7 @@ def _stages(records: Sequence[RunRecord]) -> Table:
             seconds = stage.spent.gpu_seconds
             rows.append(
                 (
-                    record.name,
+                    marked(record.name, [record]),
                     stage.name,
                     stage.mode,
                     f"{stage.context:,}",
@@ -66,7 +71,7 @@ def _validations(records: Sequence[RunRecord]) -> Table:
             for context in dict.fromkeys(validation.context for validation in stage.validations):
                 by_inner = {v.inner: v for v in stage.validations if v.context == context}
                 off, on = by_inner.get("off"), by_inner.get("on")
-                rows.append((record.name, stage.name, f"{context:,}", *_off_and_on(off, on)))
+                rows.append((marked(record.name, [record]), stage.name, f"{context:,}", *_off_and_on(off, on)))
     header = ("run", "stage", "context", "TTT off", "TTT on", "on − off", "bits/byte off", "bits/byte on")
     return Table(
         title="Validation (nats per token; first and last position bucket)",
@@ -97,8 +102,8 @@ def _transitions(records: Sequence[RunRecord]) -> Table:
                 continue
             outcome = "jump allowed" if not proof.preserves else "held" if proof.held else "BROKEN"
             before, after = f"{proof.before:.5f}", f"{proof.after:.5f}"
-            row = (record.name, stage.name, proof.kind, before, after, f"{proof.difference:+.1e}", outcome)
-            rows.append(row)
+            name = marked(record.name, [record])
+            rows.append((name, stage.name, proof.kind, before, after, f"{proof.difference:+.1e}", outcome))
     return Table(
         title="Transitions (one fixed batch, float32, nats per token)",
         header=("run", "into", "conversion", "before", "after", "difference", "equality"),

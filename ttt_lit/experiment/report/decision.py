@@ -8,11 +8,15 @@ from ttt_lit.experiment.comparison import Comparison, Differences, compare_all
 from ttt_lit.experiment.formats import NONE, interval_text
 from ttt_lit.experiment.gates import CandidateGates, judge_candidates
 from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, budgets, measured
-from ttt_lit.experiment.recommendation import recommend_scaling
+from ttt_lit.experiment.recommendation import recommend_scaling, shorten_failures
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.report.table import Table
 from ttt_lit.experiment.study import FamilyStudy, read_study
+from ttt_lit.experiment.unfinished import marked
 from ttt_lit.experiment.verdict import Gate
+
+MAX_REASONS = 8
+"""Up to which a family's reasons are printed."""
 
 
 def decision(records: Sequence[RunRecord]) -> list[str]:
@@ -30,12 +34,12 @@ def _family(family: FamilyStudy) -> str:
         lines += [f"  {each.title}", *(f"    {sentence}" for sentence in each.sentences)]
     lines += [f"  Why: {advice.why}", f"  What would change it: {advice.would_change}"]
     tables = (_budgets(family, judged, differences), _gates(family, judged))
-    return "\n\n".join(["\n".join(lines), *(table.text() for table in tables if table.rows)])
+    return "\n\n".join(["\n".join(lines), *(table.text() for table in tables if table.rows), *_reasons(family, judged)])
 
 
 def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]) -> Table:
     rows = tuple(
-        (each.arm, *each.shares, each.loss, _difference(each.difference), "" if each.proved else NOT_PROVED)
+        (marked(each.arm, each.records), *each.shares, each.loss, _difference(each.difference), "" if each.proved else NOT_PROVED)
         for each in budgets(family, judged, differences)
     )
     shares = (f"GPU-hours ÷ baseline's, {words}" for words in ACCOUNT_WORDS.values())
@@ -54,11 +58,37 @@ def _difference(comparison: Comparison | None) -> str:
 
 def _gates(family: FamilyStudy, judged: Sequence[CandidateGates]) -> Table:
     rows = tuple(
-        (each.name, _name(gate), gate.outcome, "–" if gate.outcome == "pass" else str(len(gate.brief or gate.reasons)))
+        (marked(each.name, _judged(family, each)), _name(gate), gate.outcome, "–" if gate.outcome == "pass" else str(len(gate.brief or gate.reasons)))
         for each in judged
         for gate in each.gates
     )
     return Table(title=f"Gates of {family.family}", header=("candidate", "gate", "outcome", "reasons"), rows=rows)
+
+
+def _judged(family: FamilyStudy, each: CandidateGates) -> list[RunRecord]:
+    """The candidate's runs: the token-matched ones, and those of every budget."""
+    arms = [arm for arm in family.arms if (arm.experiment, arm.variant) == (each.experiment, each.variant)]
+    return [record for arm in arms for record in arm.records]
+
+
+def _reasons(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[str]:
+    """Every reason of the gates that did not pass, once, with what it is about; where they are many, the file that has them."""
+    candidates: dict[tuple[str, str], list[str]] = {}
+    for each in judged:
+        for gate in each.gates:
+            for reason in () if gate.outcome == "pass" else gate.brief or gate.reasons:
+                names = candidates.setdefault((gate.name, reason), [])
+                names += [each.name] if each.name not in names else []
+    if not candidates:
+        return []
+    if len(candidates) > MAX_REASONS:
+        where = "report.md and gates.csv, written with --output FOLDER"
+        return [f"Gates of {family.family}: the {len(candidates)} reasons stand in {where}"]
+    lines = [f"Gates of {family.family}: reasons"]
+    for (gate_name, reason), names in candidates.items():
+        about = "" if len(names) == len(judged) else f" of {', '.join(names)}"
+        lines.append(f"  - {gate_name}{about}: {shorten_failures(reason, family)}")
+    return ["\n".join(lines)]
 
 
 def _name(gate: Gate) -> str:

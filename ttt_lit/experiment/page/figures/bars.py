@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_lit.experiment.comparison import hours_to_target, target_loss
 from ttt_lit.experiment.formats import hours as hours_text
 from ttt_lit.experiment.page.figures.scales import amount
-from ttt_lit.experiment.page.figures.style import FONT, ArmStyle, axis_labels, label, one_axes, styles
-from ttt_lit.experiment.study import FamilyStudy
+from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, label, one_axes, styles
+from ttt_lit.experiment.study import Arm, FamilyStudy
 
-_ROW = 0.27
+_ROW = 0.29
+_SHORT = 6
+"""Letters that fit between the longest bar and the edge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    name: str
+    value: float | None
+    """None: there is no bar, the text says why."""
+    before: float = 0.0
+    """Drawn hatched in front of the bar."""
+    text: str
+    look: ArmStyle
+
+    @property
+    def end(self) -> float:
+        return 0.0 if self.value is None else self.before + self.value
 
 
 def target_figure(family: FamilyStudy) -> Figure | str:
-    """GPU-hours of the runs alone until the target is reached, mean over seeds; arms that have evaluations."""
+    """GPU-hours until the target is reached under both accounts, mean over seeds: the run alone, its parents hatched in front."""
     target = None if family.baseline is None else target_loss(family.baseline)
     if target is None:
         return "the baseline has no evaluations on the fixed subset, so there is no target"
     looks = styles(family.arms)
-    rows: list[tuple[str, float | None, str, ArmStyle]] = []
-    for arm in family.arms:
-        if arm.variant or not any(record.evaluations for record in arm.records):
-            continue
-        reached = hours_to_target(arm, target, "marginal")
-        text = "not reached" if reached is None else hours_text(reached)
-        rows.append((label(arm.name), reached, text, looks[arm.name]))
-    if not rows:
-        return "no run has evaluations on the fixed subset"
-    return _bars(rows, "compute GPU-hours of the run alone")
+    arms = [arm for arm in family.arms if not arm.variant and any(record.evaluations for record in arm.records)]
+    if len(arms) < 2:
+        return "only the baseline has evaluations on the fixed subset, so there is nothing to compare"
+    rows = [_target_row(arm, target, looks[arm.name]) for arm in arms]
+    return _bars(rows, "compute GPU-hours: parents hatched, then the run alone")
+
+
+def _target_row(arm: Arm, target: float, look: ArmStyle) -> _Row:
+    alone, whole = (hours_to_target(arm, target, account) for account in ("marginal", "with_parents"))
+    before = 0.0 if alone is None or whole is None else whole - alone
+    if alone is None:
+        text = "not reached"
+    elif whole is None:
+        text = f"{hours_text(alone)}, parents not known"
+    else:
+        text = f"{hours_text(alone)}, with parents {hours_text(whole)}" if before else hours_text(alone)
+    return _Row(name=label(arm.name), value=alone, before=before, text=text, look=look)
 
 
 def speed_figure(family: FamilyStudy) -> Figure | str:
     """Seconds of compute per 1,000 tokens over all devices; the first seed of every token-matched arm."""
     looks = styles(family.arms)
-    rows: list[tuple[str, float | None, str, ArmStyle]] = []
+    rows: list[_Row] = []
     for arm in family.arms:
         if arm.variant or arm.share is not None:
             continue
@@ -43,27 +70,40 @@ def speed_figure(family: FamilyStudy) -> Figure | str:
         for place, (stage, speed) in enumerate(measured):
             seconds = speed.seconds_per_1k_tokens
             name = label(stage) if place else f"{label(arm.name)}  {label(stage)}"
-            rows.append((name, seconds, f"{seconds:.3g}", looks[arm.name]))
+            rows.append(_Row(name=name, value=seconds, text=f"{seconds:.3g}", look=looks[arm.name]))
     if not rows:
         return "no stage has a measured speed"
+    if len(rows) < 2:
+        return "a single stage has a measured speed, so there is nothing to compare"
     return _bars(rows, "seconds per 1,000 tokens")
 
 
-def _bars(rows: list[tuple[str, float | None, str, ArmStyle]], x_label: str) -> Figure:
-    figure, axes = one_axes(0.9 + _ROW * len(rows), grid="x")
-    for place, (_, value, text, look) in enumerate(rows):
-        axes.barh(place, value or 0.0, height=0.62, color=look.colour)
-        axes.annotate(
-            text, (value or 0.0, place), (4, 0), textcoords="offset points", va="center", fontsize=FONT - 1,
-            color="0.15" if value is not None else "0.4", style="normal" if value is not None else "italic",
-        )  # fmt: skip
-    _dress(axes, [name for name, *_ in rows], max((value or 0.0) for _, value, *_ in rows))
+def _bars(rows: Sequence[_Row], x_label: str) -> Figure:
+    figure, axes = one_axes(0.95 + _ROW * len(rows), grid="x")
+    longest = max(row.end for row in rows)
+    for place, row in enumerate(rows):
+        if row.before:
+            axes.barh(place, row.before, height=0.62, color="white", edgecolor="0.45", hatch="////", linewidth=0.8)
+        axes.barh(place, row.value or 0.0, left=row.before, height=0.62, color=row.look.colour)
+        _value(axes, row, place, longest)
+    _dress(axes, [row.name for row in rows], longest)
     axis_labels(axes, x_label)
     return figure
 
 
-def _dress(axes: Axes, names: list[str], longest: float) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=FONT - 1)
+def _value(axes: Axes, row: _Row, place: int, longest: float) -> None:
+    """Behind the bar, or in front of the end of a long bar whose text would leave the figure."""
+    inside = len(row.text) > _SHORT and row.end > longest / 2
+    box = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9} if inside else None
+    axes.annotate(
+        row.text, (row.end, place), (-4 if inside else 4, 0), textcoords="offset points", va="center", fontsize=SMALL,
+        ha="right" if inside else "left", bbox=box,
+        color="0.15" if row.value is not None else "0.4", style="normal" if row.value is not None else "italic",
+    )  # fmt: skip
+
+
+def _dress(axes: Axes, names: Sequence[str], longest: float) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=SMALL)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.16 * longest or 1.0)
     axes.tick_params(axis="y", length=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from ttt_lit.experiment.page.figures.labels import Line, Mark, label_points
 from ttt_lit.experiment.page.figures.scales import compute_axis, limits
 from ttt_lit.experiment.page.figures.style import ArmStyle, axis_labels, label, one_axes, styles
 from ttt_lit.experiment.page.series import evaluation_series
+from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import Account, Arm, FamilyStudy
 
 ACCOUNT_NAMES: dict[Account, str] = {"marginal": "the run alone", "with_parents": "with every parent run"}
@@ -34,6 +36,8 @@ def frontier_figure(family: FamilyStudy, account: Account, differences: Mapping[
     points = _points(arms, account)
     if not points:
         return "no arm has both a final loss and known GPU-hours in this account"
+    if len(points) < 2:
+        return f"only {points[0].arm.name} has both a final loss and known GPU-hours in this account, so there is nothing to compare"
     figure, axes = one_axes(4.6)
     looks = styles(family.arms)
     trend = _draw_trend(axes, family, account, looks)
@@ -83,14 +87,26 @@ def _draw_front(axes: Axes, points: Sequence[_Point]) -> Line:
 
 
 def _draw_trend(axes: Axes, family: FamilyStudy, account: Account, looks: Mapping[str, ArmStyle]) -> list[Line]:
-    """The baseline's loss while it trained."""
+    """The baseline's loss while it trained, moved to the level of its final loss."""
     drawn: list[Line] = []
     for record in family.baseline.records if family.baseline else ():
-        series = evaluation_series(record, account)
-        if series and family.baseline:
-            axes.plot(*zip(*series, strict=True), color=looks[family.baseline.name].colour, linewidth=1.2, alpha=0.55)
-            drawn.append(series)
+        shift, series = trend_shift(record), evaluation_series(record, account)
+        if series and family.baseline and shift is not None:
+            moved = [(hours, loss + shift) for hours, loss in series]
+            axes.plot(*zip(*moved, strict=True), color=looks[family.baseline.name].colour, linewidth=1.2, alpha=0.55)
+            drawn.append(moved)
     return drawn
+
+
+def trend_shift(record: RunRecord) -> float | None:
+    """What is added to a run's series so that its last value is the final loss: the two are of different blocks.
+
+    None where there is no series or no final loss. The shape is that of the subset alone; the shift makes the ends comparable, no more.
+    """
+    series, final = evaluation_series(record), record.final()
+    if not series or final is None or not math.isfinite(final.nats_per_token):
+        return None
+    return final.nats_per_token - series[-1][1]
 
 
 def _draw_shares(axes: Axes, points: Sequence[_Point], looks: Mapping[str, ArmStyle]) -> list[Line]:

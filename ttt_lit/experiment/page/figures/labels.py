@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, blended_transform_factory
 
-from ttt_lit.experiment.page.figures.style import FONT
+from ttt_lit.experiment.page.figures.style import SMALL
 
 _RADII = (7.0, 14.0, 24.0, 36.0, 50.0, 66.0, 84.0, 104.0)
 """Points between a mark and its label, tried in this order."""
@@ -35,7 +35,7 @@ class Mark:
     y: float
     text: str
     colour: str
-    size: float = FONT - 1
+    size: float = SMALL
 
 
 def label_points(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Sequence[Line]) -> None:

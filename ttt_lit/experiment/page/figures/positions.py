@@ -20,6 +20,8 @@ def positions_figure(family: FamilyStudy) -> Figure | str:
     curves = _curves(family)
     if not curves:
         return "no arm has a final validation with losses by position"
+    if _too_few(curves):
+        return "there is a single loss by position, so there is nothing to compare"
     return _draw(family, curves, "loss (nats per token)")
 
 
@@ -38,6 +40,8 @@ def position_differences_figure(family: FamilyStudy, control: Arm | None) -> Fig
     }
     if not differences:
         return "no other arm has losses in the same position buckets as the control"
+    if _too_few(differences):
+        return "there is a single difference by position, so there is nothing to compare"
     figure = _draw(family, differences, f"loss minus {label(control.name)} (nats per token)")
     figure.axes[0].axhline(0, color="0.35", linewidth=1.0, zorder=1)
     return figure
@@ -46,6 +50,10 @@ def position_differences_figure(family: FamilyStudy, control: Arm | None) -> Fig
 def _curves(family: FamilyStudy) -> dict[str, Buckets]:
     found = {arm.name: position_losses(arm) for arm in family.arms if not arm.variant and arm.share is None}
     return {name: curve for name, curve in found.items() if curve}
+
+
+def _too_few(curves: dict[str, Buckets]) -> bool:
+    return sum(map(len, curves.values())) < 2
 
 
 def _draw(family: FamilyStudy, curves: dict[str, Buckets], y_label: str) -> Figure:

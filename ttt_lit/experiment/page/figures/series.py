@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from ttt_lit.experiment.heldout import final_words, subset_words
 from ttt_lit.experiment.page.figures.labels import Mark, label_ends
 from ttt_lit.experiment.page.figures.scales import amount, limits
-from ttt_lit.experiment.page.figures.style import ArmStyle, axis_labels, label, one_axes, styles
+from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, label, one_axes, styles
 from ttt_lit.experiment.page.series import Point, evaluation_series, token_series
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import Arm, FamilyStudy, gpu_hours
@@ -37,15 +40,26 @@ def series_figure(family: FamilyStudy, against: Against) -> Figure | str:
             marks.append(Mark(x=x, y=y, text=label(arm.name), colour=looks[arm.name].ink))
     if not marks:
         return "no run has evaluations or a final loss"
+    if len(drawn) < 2:
+        return "there is a single measurement, so there is nothing to compare"
     ceiling = max(mark.y for mark in marks) + _CEILING
     axes.set_ylim(*limits([min(loss, ceiling) for _, loss in drawn], margin=0.05))
     axes.set_xlim(0, 1.02 * max(x for x, _ in drawn) or 1.0)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
     x_label = "tokens trained in the run" if against == "tokens" else "compute GPU-hours of the run alone"
     axis_labels(axes, x_label, "held-out loss (nats per token)")
+    _legend(figure, [record for arm in shown for record in arm.records])
     figure.draw_without_rendering()
     label_ends(figure, axes, marks)
     return figure
+
+
+def _legend(figure: Figure, records: Sequence[RunRecord]) -> None:
+    """How many blocks stand behind the lines and the marks."""
+    line = Line2D([], [], color="0.35", linewidth=1.5, label=f"line: {subset_words(records)}")
+    mark = Line2D([], [], color="0.35", marker="o", markerfacecolor="white", linestyle="none", label=f"hollow: {final_words(records)}")
+    handles = [line, mark] if any(record.evaluations for record in records) else [mark]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=SMALL)
 
 
 def _draw_arm(axes: Axes, arm: Arm, look: ArmStyle, against: Against) -> tuple[list[Point], list[Point]]:

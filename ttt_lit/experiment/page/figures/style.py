@@ -36,7 +36,9 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2
 _INK = 0.62
 _MAX_LABEL = 26
 WIDTH = 6.6
-FONT = 9.5
+"""Inches. A phone 390 pixels wide shows a figure at about 0.77 pixels per point, so no text is smaller than ``SMALL``: 7 pixels there."""
+FONT = 10.5
+SMALL = 9.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_lit.experiment.page.figures.scales import amount
-from ttt_lit.experiment.page.figures.style import FONT, ArmStyle, axis_labels, label, one_axes, styles
+from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, label, one_axes, styles
 from ttt_lit.experiment.record import RunRecord, Stage
 from ttt_lit.experiment.study import FamilyStudy
 
@@ -19,11 +19,13 @@ def timeline_figure(family: FamilyStudy) -> Figure | str:
     shown = [arm for arm in family.arms if not arm.variant and arm.share is None and _has_spent(arm.records[0])]
     if not shown:
         return "no run has spent compute time on a stage"
+    if sum(len(arm.records[0].stages) for arm in shown) < 2:
+        return "a single stage has spent compute time, so there is nothing to compare"
     figure, axes = one_axes(1.0 + _ROW * len(shown), grid="x")
     looks = styles(family.arms)
     for row, arm in enumerate(shown):
         _draw_run(axes, row, arm.records[0], looks[arm.name])
-    axes.set_yticks(range(len(shown)), [label(arm.name) for arm in shown], fontsize=FONT - 1)
+    axes.set_yticks(range(len(shown)), [label(arm.name) for arm in shown], fontsize=SMALL)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.tick_params(axis="y", length=0)
@@ -52,7 +54,7 @@ def _draw_run(axes: Axes, row: int, run: RunRecord, look: ArmStyle) -> None:
         )  # fmt: skip
         hours += width
         texts.append(f"{label(stage.name)}{_transition(stage)}")
-    axes.text(0, row + 0.38, " · ".join(texts), fontsize=FONT - 2, va="center", ha="left", color="0.2")
+    axes.text(0, row + 0.38, " · ".join(texts), fontsize=SMALL, va="center", ha="left", color="0.2")
 
 
 def _transition(stage: Stage) -> str:

@@ -123,6 +123,11 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
             f"{1 - MIN_SAVING:.2f}."
         ),
         Paragraph(
+            text="Time. GPU-hours and seconds per 1,000 tokens compare runs only where each had its device to itself: of runs that "
+            "shared a device or CPU cores, with each other or with other work, they are not comparable, and no gate can see that. "
+            "On a CPU a “GPU-hour” is an hour of one process."
+        ),
+        Paragraph(
             text="Intervals. Differences are paired by held-out block and by seed: every block was read by both models, and only the "
             "difference is averaged; below zero the first named is better. The 95% interval comes from resampling documents, with all "
             "blocks cut from them, and seeds where there are several; with one seed it says nothing about what another seed would "

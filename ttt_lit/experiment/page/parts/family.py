@@ -7,15 +7,17 @@ from collections.abc import Mapping
 
 from ttt_lit.experiment.comparison import Differences, compare, target_loss
 from ttt_lit.experiment.formats import billions, count, hours, loss
+from ttt_lit.experiment.heldout import final_words, subset_loss, subset_words
 from ttt_lit.experiment.page.blocks import Block, Cell, Gallery, Grid, Heading, Paragraph, Picture
 from ttt_lit.experiment.page.differences import NOT_USABLE, difference_lines, difference_text
 from ttt_lit.experiment.page.figures.bars import speed_figure, target_figure
-from ttt_lit.experiment.page.figures.frontier import ACCOUNT_NAMES, frontier_figure
+from ttt_lit.experiment.page.figures.frontier import ACCOUNT_NAMES, frontier_figure, trend_shift
 from ttt_lit.experiment.page.figures.positions import position_differences_figure, positions_figure
 from ttt_lit.experiment.page.figures.series import Against, series_figure
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.page.figures.timeline import timeline_figure
 from ttt_lit.experiment.study import ACCOUNTS, Arm, FamilyStudy
+from ttt_lit.experiment.unfinished import marked
 
 _AGAINST: dict[Against, str] = {"tokens": "tokens", "gpu_hours": "GPU-hours"}
 
@@ -39,7 +41,7 @@ def _any_unusable(rows: tuple[tuple[Cell, ...], ...]) -> bool:
 
 def _arm_row(arm: Arm, difference: Differences) -> tuple[Cell, ...]:
     return (
-        arm.name,
+        marked(arm.name, arm.records),
         (ROLE_NAMES.get(arm.role, "none"), _seeds(arm)),
         loss(arm.loss),
         loss(arm.bits_per_byte),
@@ -106,8 +108,8 @@ def _frontiers(family: FamilyStudy, differences: Mapping[str, Differences]) -> l
                 stem=stem(family, f"frontier_{account}"),
                 title=f"Final loss against GPU-hours, {ACCOUNT_NAMES[account]}",
                 caption="Lower and further left is better. Ringed and dotted: the Pareto front. Hollow, joined: budgets that are "
-                "a share of the baseline's GPU-hours. Bars: 95% interval of the difference to the baseline. Pale line: the "
-                "baseline's loss on the fixed held-out subset while it trained, cut off at the top. Ablations are left out.",
+                f"a share of the baseline's GPU-hours. Bars: 95% interval of the difference to the baseline. {_trend(family)}"
+                f"Ablations are left out.{_shared_cores(family)}",
                 alt=f"Scatter plot of final loss against GPU-hours ({ACCOUNT_NAMES[account]}) of every arm of {family.family}; "
                 "the same numbers stand in the table of arms.",
                 figure=frontier_figure(family, account, differences),
@@ -116,16 +118,38 @@ def _frontiers(family: FamilyStudy, differences: Mapping[str, Differences]) -> l
     return made
 
 
+def _trend(family: FamilyStudy) -> str:
+    """What the pale line is; empty where none is drawn."""
+    records = () if family.baseline is None else family.baseline.records
+    shifts = [shift for shift in map(trend_shift, records) if shift is not None]
+    if not shifts:
+        return ""
+    by = " and ".join(f"{shift:+.2f}".replace("-", "−") for shift in shifts)
+    return (
+        f"Pale line: the baseline's loss on {subset_words(records)} while it trained, shifted by {by} so that its end meets its final "
+        f"loss on {final_words(records)}; cut off at the top. "
+    )
+
+
+def _shared_cores(family: FamilyStudy) -> str:
+    """Of figures of time: what else is in them where runs are processes on a CPU."""
+    devices = [record.environment.device for arm in family.arms for record in arm.records]
+    if not any(device.endswith("cpu") for device in devices):
+        return ""
+    return " Processes on CPU cores: other work on the machine is in these figures."
+
+
 def _series(family: FamilyStudy) -> list[Picture]:
+    records = [record for arm in family.arms if not arm.variant and arm.share is None for record in arm.records]
     caption = (
-        "Lines: the fixed held-out subset, one line per run. Hollow marks: final loss on all held-out blocks. "
-        "Losses far above the final ones are cut off. Token-matched arms."
+        f"Lines: the fixed subset of {subset_words(records)}, one line per run. Hollow marks: final loss on {final_words(records)}, "
+        "which is why a line need not end at its mark. Losses far above the final ones are cut off. Token-matched arms."
     )
     return [
         Picture(
             stem=stem(family, f"loss_{against}"),
             title=f"Held-out loss against {words}",
-            caption=caption,
+            caption=caption + (_shared_cores(family) if against == "gpu_hours" else ""),
             alt=f"Line plot of held-out loss against {words} for the token-matched arms of {family.family}.",
             figure=series_figure(family, against),
         )
@@ -157,29 +181,33 @@ def _positions(family: FamilyStudy) -> list[Picture]:
 
 def _time(family: FamilyStudy) -> list[Picture]:
     target = None if family.baseline is None else target_loss(family.baseline)
-    reached = "a target loss" if target is None else f"{target:.4f} nats per token"
+    records = () if family.baseline is None else family.baseline.records
+    reached = "a target loss" if target is None else f"{subset_loss(target, records)} nats per token on {subset_words(records)}"
+    shared = _shared_cores(family)
     return [
         Picture(
             stem=stem(family, "timeline"),
             title="Stages over GPU-hours",
             caption="Below each bar, its stages; in brackets the loss of one fixed batch before and after the conversion into the "
             "stage: = equal as promised, → a jump that the conversion allows, ≠ a broken promise. Hatched: parent runs of known "
-            "cost. First seed.",
+            f"cost. First seed.{shared}",
             alt=f"Bars of the stages of every token-matched arm of {family.family} over GPU-hours.",
             figure=timeline_figure(family),
         ),
         Picture(
             stem=stem(family, "target"),
             title=f"GPU-hours to {reached}",
-            caption="The target is what the baseline had reached at its last evaluation on the fixed subset; between evaluations "
-            "losses are interpolated, and an arm that was below the target at its first evaluation is drawn there.",
+            caption=f"The target is what the baseline had reached at its last evaluation, on the fixed subset of {subset_words(records)} and "
+            f"not on the {final_words(records)} of the final loss. Coloured: the run alone; hatched in front: its parent runs, so that a "
+            "whole bar is the account with parents. Between evaluations losses are interpolated, and an arm that was below the target "
+            f"at its first evaluation is drawn there.{shared}",
             alt=f"Bars of GPU-hours until the target loss for the arms of {family.family}.",
             figure=target_figure(family),
         ),
         Picture(
             stem=stem(family, "speed"),
             title="Seconds per 1,000 tokens, by stage",
-            caption="Compute time of all devices together. First seed.",
+            caption=f"Compute time of all devices together. First seed.{shared}",
             alt=f"Bars of seconds per 1,000 tokens of every stage for the arms of {family.family}.",
             figure=speed_figure(family),
         ),

@@ -12,6 +12,7 @@ from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Heading
 from ttt_lit.experiment.page.differences import difference_text
 from ttt_lit.experiment.record import Role, RunRecord, Stage, Validation
 from ttt_lit.experiment.study import Arm, FamilyStudy, gpu_hours
+from ttt_lit.experiment.unfinished import marked
 from ttt_lit.metrics import ACCOUNTS
 
 HEADER = (
@@ -39,7 +40,7 @@ def run_table(family: FamilyStudy, compared: Mapping[str, Differences]) -> list[
 
 def _row(record: RunRecord, arm: Arm, compared: Differences) -> tuple[Cell, ...]:
     return (
-        (record.name, f"seed {record.seed}, {record.status}"),
+        (marked(record.name, [record]), f"seed {record.seed}, {record.status}"),
         tuple(source(record)),
         tuple(policy(record)),
         tuple(budgets(record)),

@@ -13,6 +13,7 @@ from ttt_lit.experiment.page.differences import difference_lines
 from ttt_lit.experiment.recommendation import Verdict as Advice
 from ttt_lit.experiment.recommendation import recommend_scaling
 from ttt_lit.experiment.study import FamilyStudy, Study
+from ttt_lit.experiment.unfinished import marked
 
 _ADVICE: dict[Advice, State] = {"scale up": "good", "not yet": "open", "no": "bad"}
 
@@ -53,4 +54,4 @@ def _budgets(family: FamilyStudy, found: Sequence[Budget]) -> Grid | None:
 
 def _budget_row(budget: Budget) -> tuple[Cell, ...]:
     shares = tuple(f"{share} {words}" for share, words in zip(budget.shares, ACCOUNT_WORDS.values(), strict=True))
-    return budget.arm, shares, budget.loss, difference_lines(budget.difference)
+    return marked(budget.arm, budget.records), shares, budget.loss, difference_lines(budget.difference)
