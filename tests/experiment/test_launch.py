@@ -179,7 +179,7 @@ def test_a_refused_second_process_does_not_make_the_run_a_failure(runs_of):
 
     def view(board):
         seen.append(board.states[run.name])
-        if "is being trained by" in (run.folder / "log.txt").read_text() and seen[-3:] == ["running"] * 3:
+        if run.name in backend._adopted and "is being trained by" in (run.folder / "log.txt").read_text():
             (run.folder / "record.json").write_text(json.dumps({"status": "finished", "reason": None}))
             lock.release()
 

@@ -1,9 +1,12 @@
 """One verdict per family, with the reason and what would change it."""
 
+from pathlib import Path
+
 import pytest
 from records import FALLING, run, stage, validation
 
 from ttt_lit.experiment.gates import judge_candidates
+from ttt_lit.experiment.next_step import EXAMPLE
 from ttt_lit.experiment.recommendation import MAX_FAILURE, recommend_scaling
 from ttt_lit.experiment.record import Model, Parent
 from ttt_lit.experiment.study import read_study
@@ -117,6 +120,37 @@ def test_the_words_of_a_failed_run_are_cut_and_a_short_reason_is_not():
         *[run("q_ttt_scratch", "ttt_scratch", losses(3.0), status="failed", reason=short)], *candidate(PASSES)
     )
     assert f"({short})" in found.would_change
+
+
+def small(records):
+    for record in records:
+        record.totals.tokens = 1_000
+    return records
+
+
+def test_a_demos_size_is_said_to_decide_nothing_before_what_it_can_still_show():
+    found = recommended(*small([*baseline((0,)), *candidate({None: 0.0}, seeds=(0,))]))
+    assert (found.verdict, found.step.kind) == ("not yet", "wall-clock runs")
+    assert found.step.command == "python cli.py matrix --config configs/matrix/demo_wallclock.yaml"
+    assert found.would_change.startswith(
+        "A demo's size can never decide (q_ttt_scratch, seed 0: demo size: 1,000 training"
+    )
+    assert "shares: [0.35, 0.5, 0.7, 1]" in found.would_change
+    assert (Path(__file__).parents[2] / EXAMPLE).is_file()
+
+
+@pytest.mark.parametrize("seeds, kind", [((0,), "seeds"), ((0, 1), "nothing")])
+def test_at_a_demos_size_seeds_follow_wall_clock_runs_and_then_nothing_is_left(seeds, kind):
+    found = recommended(*small([*baseline(seeds), *candidate(PASSES, seeds=seeds)]))
+    assert (found.verdict, found.step.kind) == ("not yet", kind)
+
+
+def test_a_baseline_that_still_runs_is_not_called_a_demo():
+    running = small(baseline((0,)))
+    running[0].status = "running"
+    found = recommended(*running, *small(candidate({None: 0.0}, seeds=(0,))))
+    assert found.step is None
+    assert "did not finish: running" in found.would_change
 
 
 def test_a_family_without_conversions_says_not_yet():

@@ -7,7 +7,10 @@ import pytest
 from records import run
 
 import cli
+from ttt_lit.experiment.gates import judge_candidates
 from ttt_lit.experiment.report import console, read_records, tables
+from ttt_lit.experiment.report.decision import reason_lines
+from ttt_lit.experiment.study import read_study
 
 IDS = [f"{index:03}" for index in range(32)]
 
@@ -158,8 +161,8 @@ def test_runs_are_folders_files_and_folders_of_many_runs_and_each_counts_once(tm
         make_record(run_id=name).write(tmp_path / "runs" / "experiment" / name / "record.json")
     make_record(run_id="c").write(tmp_path / "c.json")
     every, one, file = str(tmp_path / "runs"), str(tmp_path / "runs" / "experiment" / "b"), str(tmp_path / "c.json")
-    assert [record.run_id for record in read_records([every, file])] == ["a", "b", "c"]
-    assert [record.run_id for record in read_records([one, every])] == ["b", "a"]
+    assert [record.run_id for record in read_records([every, file]).records] == ["a", "b", "c"]
+    assert [record.run_id for record in read_records([one, every]).records] == ["b", "a"]
 
 
 def test_the_command_prints_the_summary_and_writes_nothing_unasked(tmp_path, make_record, capsys):
@@ -181,6 +184,55 @@ def test_a_missing_or_broken_record_is_named_in_one_line_and_nothing_is_written(
     assert str(tmp_path / "bad") in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_record_in_a_folder_of_many_is_left_out_with_its_path(tmp_path, make_record, capsys):
+    make_record().write(tmp_path / "runs" / "good" / "record.json")
+    broken = tmp_path / "runs" / "bad" / "record.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    found = read_records([str(tmp_path / "runs")])
+    assert [record.run_id for record in found.records] == ["demo-1"]
+    assert len(found.unreadable) == 1
+    assert cli.main(["report", str(tmp_path / "runs")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Problems\n")
+    assert str(broken) in text
+    assert "What q_p1_bridge/demo-1 shows" in text
+
+
+def test_a_broken_record_that_was_named_too_or_is_all_there_is_ends_the_report(tmp_path, make_record):
+    make_record().write(tmp_path / "runs" / "good" / "record.json")
+    broken = tmp_path / "runs" / "bad" / "record.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    with pytest.raises(ValueError, match="bad/record.json"):
+        read_records([str(tmp_path / "runs"), str(broken.parent)])
+    (tmp_path / "runs" / "good" / "record.json").unlink()
+    with pytest.raises(ValueError, match="bad/record.json"):
+        read_records([str(tmp_path / "runs")])
+
+
+def test_a_run_that_is_not_finished_is_marked_in_every_table(make_record):
+    record = make_record()
+    assert "[" not in "".join(row[0] for table in tables([record]) for row in table.rows)
+    record.status, record.reason = "failed", "out of memory"
+    names = [row[0] for table in tables([record]) for row in table.rows]
+    assert names
+    assert set(names) == {"q_p1_bridge/demo-1 [failed]"}
+
+
+def test_reasons_are_printed_once_or_the_file_that_has_them_is_named(monkeypatch):
+    records = [run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0))]
+    records += [run(name, "bridge", dict.fromkeys(IDS, 2.9)) for name in ("one", "two")]
+    (family,) = read_study(records).families.values()
+    judged = judge_candidates(family, resamples=50)
+    (text,) = reason_lines(family, judged)
+    assert text.count("  - wall-clock saving: there are no wall-clock-matched runs") == 1
+    monkeypatch.setattr("ttt_lit.experiment.report.decision.MAX_REASONS", 1)
+    (text,) = reason_lines(family, judged)
+    assert "reasons stand in report.md" in text
+    assert "\n" not in text
 
 
 def test_no_run_is_an_error():

@@ -7,13 +7,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from records import point, run, validation
 
+from ttt_lit.experiment.heldout import block_words, subset_loss
 from ttt_lit.experiment.page.differences import family_differences
 from ttt_lit.experiment.page.figures.bars import target_figure
-from ttt_lit.experiment.page.figures.frontier import frontier_figure, pareto
+from ttt_lit.experiment.page.figures.frontier import frontier_figure, pareto, trend_shift
 from ttt_lit.experiment.page.figures.labels import spread
 from ttt_lit.experiment.page.figures.positions import position_differences_figure
 from ttt_lit.experiment.page.figures.series import series_figure
-from ttt_lit.experiment.page.figures.style import COLOURS, label, styles
+from ttt_lit.experiment.page.figures.style import COLOURS, WIDTH, label, styles
+from ttt_lit.experiment.page.figures.timeline import timeline_figure
 from ttt_lit.experiment.record import Bucket, Parent
 from ttt_lit.experiment.study import read_study
 
@@ -124,17 +126,71 @@ def test_names_in_figures_are_never_formulas():
 
 
 def test_hours_to_the_target_are_drawn_and_an_arm_that_never_got_there_is_said():
-    pair = family([arm("a", "ttt_scratch", 2.5, 100), arm("b", "bridge", 2.4, 100), arm("c", "control", 2.9, 100)])
+    parents = [Parent(name="x", gpu_seconds=36_000.0)]
+    pair = family(
+        [
+            arm("a", "ttt_scratch", 2.5, 100),
+            arm("b", "bridge", 2.4, 100, parents=parents),
+            arm("c", "control", 2.9, 100),
+            arm("d", "direct", 2.4, 100, parents=[Parent(name="y")]),
+        ]
+    )
     figure = target_figure(pair)
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     texts = dict(zip(names, [text.get_text() for text in figure.axes[0].texts], strict=True))
-    assert texts == {"a": "100", "b": "90", "c": "not reached"}
+    assert texts == {"a": "100", "b": "90 / 100", "c": "not reached", "d": "90 / not known"}
+    hatched = [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches if bar.get_hatch()]
+    assert hatched == [(0.0, pytest.approx(10.0))]
+
+
+def test_the_baselines_series_is_shifted_to_end_at_its_final_loss():
+    pair = family([arm("a", "ttt_scratch", 2.5, 100), arm("b", "bridge", 2.4, 90)])
+    baseline = pair.baseline.records[0]
+    for measured in baseline.evaluations:
+        measured.inner_on += 0.2
+    assert trend_shift(baseline) == pytest.approx(-0.2)
+    line = frontier_figure(pair, "marginal", family_differences(pair)).axes[0].get_lines()[0]
+    assert line.get_ydata() == pytest.approx([3.25, 3.0, 2.5])
+
+
+def test_a_single_measurement_is_no_figure():
+    alone = family([arm("a", "ttt_scratch", 2.5, 100)])
+    assert "only a has" in frontier_figure(alone, "marginal", family_differences(alone))
+    assert "only the baseline" in target_figure(alone)
+    alone.arms[0].records[0].evaluations = []
+    assert "single measurement" in series_figure(alone, "tokens")
+
+
+def test_the_legend_and_the_target_say_how_many_blocks():
+    config = {"model": {"validation": {"subset": 2}}}
+    pair = family([arm("a", "ttt_scratch", 2.5, 100, config=config), arm("b", "bridge", 2.4, 90, config=config)])
+    (legend,) = series_figure(pair, "tokens").legends
+    assert [text.get_text() for text in legend.get_texts()] == ["line: 2 held-out blocks", "hollow: 9 held-out blocks"]
+    records = pair.baseline.records
+    assert subset_loss(2.54321, records) == "2.54"
+    records[0].config["model"]["validation"]["subset"] = 8
+    assert subset_loss(2.54321, records) == "2.543"
+    assert block_words([None]) == "held-out blocks whose number was not recorded"
+
+
+def test_no_text_of_a_figure_is_smaller_than_a_phone_can_show():
+    crowded = crowd()
+    made = [target_figure(crowded), series_figure(crowded, "tokens"), timeline_figure(crowded)]
+    for figure in made:
+        texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
+        assert min(text.get_fontsize() for text in texts) * 364 / (WIDTH * 72) >= 7
 
 
 def test_costs_of_parents_move_points_to_the_right_and_unknown_ones_remove_them():
     known, unknown = Parent(name="x", gpu_seconds=36_000.0), Parent(name="y")
     for parents, expected in (([known], [20.0]), ([known, unknown], [])):
-        pair = family([arm("a", "ttt_scratch", 2.5, 100), arm("b", "bridge", 2.4, 10, parents=parents)])
+        pair = family(
+            [
+                arm("a", "ttt_scratch", 2.5, 100),
+                arm("b", "bridge", 2.4, 10, parents=parents),
+                arm("c", "direct", 2.4, 50),
+            ]
+        )
         figure = frontier_figure(pair, "with_parents", family_differences(pair))
         drawn = [text.xy[0] for text in figure.axes[0].texts if text.get_text() == "b"]
         assert drawn == pytest.approx(expected)

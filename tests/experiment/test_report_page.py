@@ -234,11 +234,11 @@ def test_the_answer_comes_first_and_the_page_can_be_navigated(read):
     headings = [text for level, text in read.headings if level in ("h1", "h2")]
     order = [
         "Does a pretrained start save TTT-E2E training time?",
+        "qwen2: ",  # has a finished baseline and a finished candidate
         "gemma3: ",
-        "qwen2: ",
         "Gates",
-        "Family gemma3",
         "Family qwen2",
+        "Family gemma3",
     ]
     assert headings[: len(order)] == order
     assert headings[len(order) :][:3] == ["Flags and problems", "Across families", "Other runs"]
@@ -379,6 +379,23 @@ def test_the_command_writes_the_page_and_says_where_without_torch(tmp_path):
     assert f"written to {tmp_path / 'out' / 'report.html'}" in result.stdout
     assert f"python cli.py report {tmp_path / 'runs'}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert cli.COMMANDS["report"].__doc__
+
+
+def test_cells_of_every_table_name_their_column_for_phones(read):
+    cells = [values for tag, values in read.tags if tag == "td"]
+    assert cells
+    assert all(values.get("data-column") for values in cells)
+
+
+def test_on_a_cpu_figures_of_time_say_what_else_is_in_them():
+    for device, said in (("x86_64 cpu", True), ("H200", False)):
+        records = [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), arm("q_p1_bridge", "bridge", 2.5, hours=1)]
+        for record in records:
+            record.environment.device = device
+        built = build_page(read_study(records), {"qwen2": []}, records, command="x")
+        captions = {picture.stem: picture.caption for picture in built.pictures}
+        for stem in ("qwen2_speed", "qwen2_target", "qwen2_loss_gpu_hours"):
+            assert ("Processes on CPU cores" in captions[stem]) == said, stem
 
 
 def test_two_baselines_are_one_too_many_and_not_called_missing():

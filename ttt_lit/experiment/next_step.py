@@ -28,9 +28,11 @@ class NextStep:
 
 
 def demo_step(family: FamilyStudy, candidate: CandidateGates) -> NextStep | None:
-    """None where the baseline's size is not that of a demo, or there is no baseline."""
-    limits = [] if family.baseline is None else list(demo_reasons(family.baseline))
-    if family.baseline is None or not limits:
+    """None where the baseline's size is not that of a demo, or there is no finished baseline to tell it by."""
+    if family.baseline is None or not family.baseline.finished:
+        return None
+    limits = list(demo_reasons(family.baseline))
+    if not limits:
         return None
     arms = family.shares(candidate.experiment, candidate.variant)
     missing = set(missing_shares(arms))

@@ -34,12 +34,20 @@ def _family(family: FamilyStudy) -> str:
         lines += [f"  {each.title}", *(f"    {sentence}" for sentence in each.sentences)]
     lines += [f"  Why: {advice.why}", f"  What would change it: {advice.would_change}"]
     tables = (_budgets(family, judged, differences), _gates(family, judged))
-    return "\n\n".join(["\n".join(lines), *(table.text() for table in tables if table.rows), *_reasons(family, judged)])
+    return "\n\n".join(
+        ["\n".join(lines), *(table.text() for table in tables if table.rows), *reason_lines(family, judged)]
+    )
 
 
 def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]) -> Table:
     rows = tuple(
-        (marked(each.arm, each.records), *each.shares, each.loss, _difference(each.difference), "" if each.proved else NOT_PROVED)
+        (
+            marked(each.arm, each.records),
+            *each.shares,
+            each.loss,
+            _difference(each.difference),
+            "" if each.proved else NOT_PROVED,
+        )
         for each in budgets(family, judged, differences)
     )
     shares = (f"GPU-hours ÷ baseline's, {words}" for words in ACCOUNT_WORDS.values())
@@ -58,11 +66,15 @@ def _difference(comparison: Comparison | None) -> str:
 
 def _gates(family: FamilyStudy, judged: Sequence[CandidateGates]) -> Table:
     rows = tuple(
-        (marked(each.name, _judged(family, each)), _name(gate), gate.outcome, "–" if gate.outcome == "pass" else str(len(gate.brief or gate.reasons)))
+        (marked(each.name, _judged(family, each)), _name(gate), gate.outcome, _count(gate))
         for each in judged
         for gate in each.gates
     )
     return Table(title=f"Gates of {family.family}", header=("candidate", "gate", "outcome", "reasons"), rows=rows)
+
+
+def _count(gate: Gate) -> str:
+    return NONE if gate.outcome == "pass" else str(len(gate.brief or gate.reasons))
 
 
 def _judged(family: FamilyStudy, each: CandidateGates) -> list[RunRecord]:
@@ -71,7 +83,7 @@ def _judged(family: FamilyStudy, each: CandidateGates) -> list[RunRecord]:
     return [record for arm in arms for record in arm.records]
 
 
-def _reasons(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[str]:
+def reason_lines(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[str]:
     """Every reason of the gates that did not pass, once, with what it is about; where they are many, the file that has them."""
     candidates: dict[tuple[str, str], list[str]] = {}
     for each in judged:

@@ -15,8 +15,8 @@ from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, 
 from ttt_lit.experiment.study import Arm, FamilyStudy
 
 _ROW = 0.29
-_SHORT = 6
-"""Letters that fit between the longest bar and the edge."""
+_LETTER = 0.024
+"""Room for a letter behind the longest bar, as a share of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ def _target_row(arm: Arm, target: float, look: ArmStyle) -> _Row:
     if alone is None:
         text = "not reached"
     elif whole is None:
-        text = f"{hours_text(alone)}, parents not known"
+        text = f"{hours_text(alone)} / not known"
     else:
-        text = f"{hours_text(alone)}, with parents {hours_text(whole)}" if before else hours_text(alone)
+        text = f"{hours_text(alone)} / {hours_text(whole)}" if before else hours_text(alone)
     return _Row(name=label(arm.name), value=alone, before=before, text=text, look=look)
 
 
@@ -80,31 +80,27 @@ def speed_figure(family: FamilyStudy) -> Figure | str:
 
 def _bars(rows: Sequence[_Row], x_label: str) -> Figure:
     figure, axes = one_axes(0.95 + _ROW * len(rows), grid="x")
-    longest = max(row.end for row in rows)
     for place, row in enumerate(rows):
         if row.before:
             axes.barh(place, row.before, height=0.62, color="white", edgecolor="0.45", hatch="////", linewidth=0.8)
         axes.barh(place, row.value or 0.0, left=row.before, height=0.62, color=row.look.colour)
-        _value(axes, row, place, longest)
-    _dress(axes, [row.name for row in rows], longest)
+        _value(axes, row, place)
+    _dress(axes, rows)
     axis_labels(axes, x_label)
     return figure
 
 
-def _value(axes: Axes, row: _Row, place: int, longest: float) -> None:
-    """Behind the bar, or in front of the end of a long bar whose text would leave the figure."""
-    inside = len(row.text) > _SHORT and row.end > longest / 2
-    box = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9} if inside else None
+def _value(axes: Axes, row: _Row, place: int) -> None:
     axes.annotate(
-        row.text, (row.end, place), (-4 if inside else 4, 0), textcoords="offset points", va="center", fontsize=SMALL,
-        ha="right" if inside else "left", bbox=box,
+        row.text, (row.end, place), (4, 0), textcoords="offset points", va="center", fontsize=SMALL,
         color="0.15" if row.value is not None else "0.4", style="normal" if row.value is not None else "italic",
     )  # fmt: skip
 
 
-def _dress(axes: Axes, names: Sequence[str], longest: float) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=SMALL)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.16 * longest or 1.0)
+def _dress(axes: Axes, rows: Sequence[_Row]) -> None:
+    longest, letters = max(row.end for row in rows), max(len(row.text) for row in rows)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=SMALL)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, (1.04 + _LETTER * letters) * longest or 1.0)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))

@@ -182,7 +182,11 @@ def _positions(family: FamilyStudy) -> list[Picture]:
 def _time(family: FamilyStudy) -> list[Picture]:
     target = None if family.baseline is None else target_loss(family.baseline)
     records = () if family.baseline is None else family.baseline.records
-    reached = "a target loss" if target is None else f"{subset_loss(target, records)} nats per token on {subset_words(records)}"
+    reached = (
+        "a target loss"
+        if target is None
+        else f"{subset_loss(target, records)} nats per token on {subset_words(records)}"
+    )
     shared = _shared_cores(family)
     return [
         Picture(
@@ -197,9 +201,11 @@ def _time(family: FamilyStudy) -> list[Picture]:
         Picture(
             stem=stem(family, "target"),
             title=f"GPU-hours to {reached}",
-            caption=f"The target is what the baseline had reached at its last evaluation, on the fixed subset of {subset_words(records)} and "
+            caption=f"The target is what the baseline had reached at its last evaluation, on the fixed subset of "
+            f"{subset_words(records)} and "
             f"not on the {final_words(records)} of the final loss. Coloured: the run alone; hatched in front: its parent runs, so that a "
-            "whole bar is the account with parents. Between evaluations losses are interpolated, and an arm that was below the target "
+            "whole bar is the account with parents (numbers: alone / with parents). "
+            "Between evaluations losses are interpolated, and an arm that was below the target "
             f"at its first evaluation is drawn there.{shared}",
             alt=f"Bars of GPU-hours until the target loss for the arms of {family.family}.",
             figure=target_figure(family),
