@@ -128,7 +128,9 @@ def _said(gate: Gate) -> str:
     return "insufficient in evidence" if gate.outcome == "insufficient" else "failed"
 
 
-def _recommendation(family: FamilyStudy, verdict: Verdict, why: str, would_change: str, step: NextStep | None = None) -> Recommendation:
+def _recommendation(
+    family: FamilyStudy, verdict: Verdict, why: str, would_change: str, step: NextStep | None = None
+) -> Recommendation:
     return Recommendation(
         family=family.family,
         verdict=verdict,

@@ -57,7 +57,15 @@ def series_figure(family: FamilyStudy, against: Against) -> Figure | str:
 def _legend(figure: Figure, records: Sequence[RunRecord]) -> None:
     """How many blocks stand behind the lines and the marks."""
     line = Line2D([], [], color="0.35", linewidth=1.5, label=f"line: {subset_words(records)}")
-    mark = Line2D([], [], color="0.35", marker="o", markerfacecolor="white", linestyle="none", label=f"hollow: {final_words(records)}")
+    mark = Line2D(
+        [],
+        [],
+        color="0.35",
+        marker="o",
+        markerfacecolor="white",
+        linestyle="none",
+        label=f"hollow: {final_words(records)}",
+    )
     handles = [line, mark] if any(record.evaluations for record in records) else [mark]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=SMALL)
 
