@@ -344,6 +344,20 @@ def send_when(condition, number):
     threading.Thread(target=wait, daemon=True).start()
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal():
+    """Signals as a foreground process has them: a shell's background, nohup and Lightning leave some of them ignored."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_stops_the_runs_and_says_what_to_do(runs_of, capsys, number):
     runs = runs_of(ends("waits", "q_a", "q_b"))
