@@ -74,7 +74,7 @@ def test_every_role_finds_its_place():
 def test_families_are_never_mixed():
     gemma = Model(family="gemma3", num_parameters=1, num_layers=1, ttt_layers=[0])
     study = read_study([baseline(), bridge(), run("q_p1_bridge", "bridge", losses(2.0), model=gemma, seed=5)])
-    assert list(study.families) == ["gemma3", "qwen2"]
+    assert list(study.families) == ["qwen2", "gemma3"]  # the one with evidence first
     assert study.families["gemma3"].baseline is None
     assert study.families["qwen2"].matched("q_p1_bridge", "").seeds == (0,)
     assert any("several families: gemma3, qwen2" in problem for problem in study.problems)
