@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,6 +222,13 @@ def project_sources() -> dict[str, str]:
 
 def test_the_project_keeps_its_layers():
     assert violations(project_sources()) == []
+
+
+def test_no_two_test_modules_share_a_name():
+    """Folders of tests are no packages: pytest imports their modules by bare name, and refuses the second of two that share one."""
+    files = [file for file in (ROOT / "tests").rglob("*.py") if not (file.parent / "__init__.py").exists()]
+    names = Counter(file.stem for file in files if file.stem != "conftest")
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_every_package_has_a_rule():
