@@ -14,16 +14,17 @@ TEST_PROCESSES ?= 2
 PIP_FLAGS ?=
 INSTALLED := .venv/.installed
 
-DEMO := artifacts/demo
 EXTERNAL := runs/demo_external/demo
 BRIDGE := runs/q_p1_bridge/demo
-GEMMA := artifacts/demo_gemma
-GEMMA_EXTERNAL := runs/demo_gemma_external/demo
 REPORT := reports/demo
 CLI := $(BIN)/python cli.py
+# What runs of one family's demo start from.
+ready = artifacts/$(1)/checkpoint/checkpoint.json artifacts/$(1)/data/short/manifest.json artifacts/$(1)/data/long/manifest.json
 
 .PHONY: help install demo matrix-demo matrix-wallclock test check format clean-demo
 .DELETE_ON_ERROR:
+# What a chain made on its way to a checkpoint is kept, and not made again where only the checkpoint is left.
+.SECONDARY:
 
 help:
 	@sed -n 's/^# //p;/^$$/q' Makefile
@@ -39,8 +40,8 @@ $(INSTALLED): pyproject.toml Makefile
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps litdata==0.2.76
 	@touch $@
 
-demo: $(INSTALLED) $(DEMO)/checkpoint/checkpoint.json $(DEMO)/data/long/manifest.json
-	@echo "[6/6] Converting inside one run: B1 sliding window, B2 TTT at 256 tokens, C TTT at 1,024 tokens (about 6 minutes)"
+demo: $(INSTALLED) $(call ready,demo)
+	@echo "Converting inside one run: B1 sliding window, B2 TTT at 256 tokens, C TTT at 1,024 tokens (about 6 minutes)"
 	@$(CLI) fit --config configs/q_p1_bridge.yaml --config configs/size/demo.yaml
 	@$(CLI) report $(EXTERNAL) $(BRIDGE)
 	@echo
@@ -49,28 +50,7 @@ demo: $(INSTALLED) $(DEMO)/checkpoint/checkpoint.json $(DEMO)/data/long/manifest
 	@echo "  run record         $(BRIDGE)/record.json"
 	@echo "  TensorBoard        $(BIN)/tensorboard --logdir runs"
 
-$(DEMO)/data/short/manifest.json: | $(INSTALLED)
-	@echo "[1/6] Standard library of this Python: tokenizer and short documents (about 30 seconds)"
-	@$(CLI) prepare --config configs/data/stdlib.yaml
-
-$(DEMO)/data/long/manifest.json: | $(DEMO)/data/short/manifest.json
-	@echo "[2/6] Long documents, same split and tokenizer (about 15 seconds)"
-	@$(CLI) prepare --config configs/data/stdlib_long.yaml
-
-# The recipe runs again after an interruption: fit continues where it was cut off.
-$(EXTERNAL)/checkpoints/A/checkpoint.json: | $(DEMO)/data/long/manifest.json
-	@echo "[3/6] Training the external dense model from nothing (about 3 minutes)"
-	@$(CLI) fit --config configs/demo/pretrain.yaml
-
-$(DEMO)/external/config.json: | $(EXTERNAL)/checkpoints/A/checkpoint.json
-	@echo "[4/6] Exporting it as a Hugging Face folder (seconds)"
-	@$(CLI) export --checkpoint $(EXTERNAL)/checkpoints/A --output $(DEMO)/external
-
-$(DEMO)/checkpoint/checkpoint.json: | $(DEMO)/external/config.json
-	@echo "[5/6] Importing it: audit, and parity with transformers (about 15 seconds)"
-	@$(CLI) import --source $(DEMO)/external --output $(DEMO)/checkpoint --trained-by $(EXTERNAL)
-
-matrix-demo: $(INSTALLED) $(DEMO)/checkpoint/checkpoint.json $(DEMO)/data/long/manifest.json $(GEMMA)/checkpoint/checkpoint.json
+matrix-demo: $(INSTALLED) $(call ready,demo) $(call ready,demo_gemma)
 	@$(CLI) matrix --config configs/matrix/demo.yaml --jobs $(MATRIX_JOBS)
 	@$(CLI) report runs/*/demo --output $(REPORT)
 
@@ -78,26 +58,30 @@ matrix-wallclock: matrix-demo
 	@$(CLI) matrix --config configs/matrix/demo_wallclock.yaml --jobs $(MATRIX_JOBS)
 	@$(CLI) report runs/*/demo runs/*/demo-t* --output $(REPORT)
 
-# Gemma's external model comes about like Qwen's, in tokens of its own kind.
-$(GEMMA)/data/short/manifest.json: | $(INSTALLED)
-	@echo "Gemma [1/5] Standard library of this Python in tokens of Gemma's kind (about 40 seconds)"
-	@$(CLI) prepare --config configs/data/gemma_stdlib.yaml
+# The external model of each family's demo, from text to an imported checkpoint. The stem is demo (Qwen-shaped) or demo_gemma.
+PREPARE_demo := configs/data/stdlib
+PREPARE_demo_gemma := configs/data/gemma_stdlib
 
-$(GEMMA)/data/long/manifest.json: | $(GEMMA)/data/short/manifest.json
-	@echo "Gemma [2/5] Long documents, same split and tokenizer (about 15 seconds)"
-	@$(CLI) prepare --config configs/data/gemma_stdlib_long.yaml
+artifacts/%/data/short/manifest.json: | $(INSTALLED)
+	@echo "$* [1/5] Standard library of this Python: tokenizer and short documents (about 30 seconds)"
+	@$(CLI) prepare --config $(PREPARE_$*).yaml
 
-$(GEMMA_EXTERNAL)/checkpoints/A/checkpoint.json: | $(GEMMA)/data/long/manifest.json
-	@echo "Gemma [3/5] Training the external model from nothing (about 3 minutes)"
-	@$(CLI) fit --config configs/demo_gemma/pretrain.yaml
+artifacts/%/data/long/manifest.json: | artifacts/%/data/short/manifest.json
+	@echo "$* [2/5] Long documents, same split and tokenizer (about 15 seconds)"
+	@$(CLI) prepare --config $(PREPARE_$*)_long.yaml
 
-$(GEMMA)/external/config.json: | $(GEMMA_EXTERNAL)/checkpoints/A/checkpoint.json
-	@echo "Gemma [4/5] Exporting it as a Hugging Face folder (seconds)"
-	@$(CLI) export --checkpoint $(GEMMA_EXTERNAL)/checkpoints/A --output $(GEMMA)/external
+# The recipe runs again after an interruption: fit continues where it was cut off.
+runs/%_external/demo/checkpoints/A/checkpoint.json: | artifacts/%/data/long/manifest.json
+	@echo "$* [3/5] Training the external dense model from nothing (about 3 minutes)"
+	@$(CLI) fit --config configs/$*/pretrain.yaml
 
-$(GEMMA)/checkpoint/checkpoint.json: | $(GEMMA)/external/config.json
-	@echo "Gemma [5/5] Importing it: audit, and parity with transformers (about 15 seconds)"
-	@$(CLI) import --source $(GEMMA)/external --output $(GEMMA)/checkpoint --trained-by $(GEMMA_EXTERNAL)
+artifacts/%/external/config.json: | runs/%_external/demo/checkpoints/A/checkpoint.json
+	@echo "$* [4/5] Exporting it as a Hugging Face folder (seconds)"
+	@$(CLI) export --checkpoint runs/$*_external/demo/checkpoints/A --output artifacts/$*/external
+
+artifacts/%/checkpoint/checkpoint.json: | artifacts/%/external/config.json
+	@echo "$* [5/5] Importing it: audit, and parity with transformers (about 15 seconds)"
+	@$(CLI) import --source artifacts/$*/external --output artifacts/$*/checkpoint --trained-by runs/$*_external/demo
 
 test: $(INSTALLED)
 	@echo "Running the tests: at most 10 minutes on 2 cores"
@@ -116,4 +100,4 @@ format: $(INSTALLED)
 
 clean-demo:
 	@echo "Removing what make demo and make matrix-demo made"
-	@rm -rf $(DEMO) $(GEMMA) $(REPORT) runs/*/demo runs/*/demo-t*
+	@rm -rf artifacts/demo artifacts/demo_gemma $(REPORT) runs/*/demo runs/*/demo-t*

@@ -1,8 +1,8 @@
-"""Config fields that several families spell alike: activations, kinds of layers, the rotary base."""
+"""What the configs of several families share: fields spelled alike, and the order in which a config is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ttt_lit.families.config_fields import read_float
@@ -16,6 +16,52 @@ FULL, SLIDING = LAYER_KINDS = ("full_attention", "sliding_attention")
 def activation_name(ours: str) -> str:
     """transformers' name of one of our activations."""
     return next(theirs for theirs, activation in ACTIVATIONS.items() if activation == ours)
+
+
+def config_for(
+    spec: ModelSpec,
+    source: Mapping[str, Any] | None,
+    *,
+    model_type: str,
+    problems: Sequence[str],
+    write: Callable[[ModelSpec, dict[str, Any]], None],
+    spec_from_config: Callable[[Mapping[str, Any]], ModelSpec],
+) -> dict[str, Any]:
+    """config.json for ``spec``; a ``source`` that still means the same model is kept as it is.
+
+    Args:
+        problems: what the family cannot express in ``spec``.
+        write: puts the fields of ``spec`` into a config and removes those that would contradict them.
+
+    Raises:
+        ValueError: there are problems; the message lists them all.
+    """
+    if problems:
+        raise ValueError(f"a {model_type} config.json cannot express: " + "; ".join(problems))
+    config = dict(source) if source is not None else {}
+    # The code it points to is not part of a checkpoint folder.
+    config.pop("auto_map", None)
+    if source is not None and spec_from_config(config) == spec:
+        return config
+    config["model_type"] = model_type
+    write(spec, config)
+    if spec_from_config(config) != spec:
+        raise ValueError("the exported config.json would not mean the same model: this is a defect, please report it")
+    return config
+
+
+def shape_fields(spec: ModelSpec) -> dict[str, Any]:
+    """Sizes and switches that every family names alike."""
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tied_head,
+    }
 
 
 def read_layer_types(config: Mapping[str, Any], count: int) -> list[str] | None:

@@ -21,10 +21,12 @@ from ttt_lit.families.common_fields import (
     activation_name,
     added_by_conversion,
     agreed_rope_base,
+    config_for,
     differing,
     read_layer_types,
     read_rope_object,
     refuse_what_no_family_implements,
+    shape_fields,
 )
 from ttt_lit.families.config_fields import MAX_LAYERS, read_bool, read_choice, read_float, read_int
 from ttt_lit.families.family import renamed_family
@@ -97,45 +99,32 @@ def config_from_spec(spec: ModelSpec, source: Mapping[str, Any] | None) -> dict[
     """
     if spec.score_scale == spec.head_dim**-0.5:
         spec = dataclasses.replace(spec, score_scale=None)
-    problems = _not_expressible(spec)
-    if problems:
-        raise ValueError("a gemma3_text config.json cannot express: " + "; ".join(problems))
-    config = dict(source) if source is not None else {}
-    # The code it points to is not part of a checkpoint folder.
-    config.pop("auto_map", None)
-    if source is not None and spec_from_config(config) == spec:
-        return config
-    config.update(_fields(spec, config))
-    if spec_from_config(config) != spec:
-        raise ValueError("the exported config.json would not mean the same model: this is a defect, please report it")
-    return config
+    return config_for(
+        spec,
+        source,
+        model_type="gemma3_text",
+        problems=_not_expressible(spec),
+        write=_write,
+        spec_from_config=spec_from_config,
+    )
 
 
-def _fields(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
+def _write(spec: ModelSpec, config: dict[str, Any]) -> None:
     """In the published spelling, which every version of transformers reads; layers that follow no pattern need ``layer_types``."""
     for old in ("rope_scaling", "rope_parameters", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"):
         config.pop(old, None)
     kinds = [FULL if layer.window is None else SLIDING for layer in spec.layers]
-    fields: dict[str, Any] = {
+    config |= shape_fields(spec) | {
         "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "query_pre_attn_scalar": _score_scalar(spec),
         "hidden_activation": activation_name(spec.activation),
-        "rms_norm_eps": spec.norm_eps,
-        "tie_word_embeddings": spec.tied_head,
         **{BASE_FIELDS[kind]: layer.rope_base for kind, layer in zip(kinds, spec.layers, strict=True)},
     }
     if SLIDING in kinds:
-        fields["sliding_window"] = spec.layers[kinds.index(SLIDING)].window
+        config["sliding_window"] = spec.layers[kinds.index(SLIDING)].window
     pattern = next((n for n in (PATTERN, *range(1, len(kinds) + 2)) if _pattern(n, len(kinds)) == kinds), None)
-    return fields | ({"layer_types": kinds} if pattern is None else {"sliding_window_pattern": pattern})
+    config |= {"layer_types": kinds} if pattern is None else {"sliding_window_pattern": pattern}
 
 
 def _layers(config: Mapping[str, Any]) -> tuple[LayerSpec, ...]:

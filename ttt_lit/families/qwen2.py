@@ -17,10 +17,12 @@ from ttt_lit.families.common_fields import (
     activation_name,
     added_by_conversion,
     agreed_rope_base,
+    config_for,
     differing,
     read_layer_types,
     read_rope_object,
     refuse_what_no_family_implements,
+    shape_fields,
 )
 from ttt_lit.families.config_fields import MAX_LAYERS, read_bool, read_choice, read_float, read_int
 from ttt_lit.families.family import renamed_family
@@ -78,41 +80,28 @@ def config_from_spec(spec: ModelSpec, source: Mapping[str, Any] | None) -> dict[
     Raises:
         ValueError: something that a Qwen2 model cannot be; the message lists it all.
     """
-    problems = _not_expressible(spec)
-    if problems:
-        raise ValueError("a qwen2 config.json cannot express: " + "; ".join(problems))
-    config = dict(source) if source is not None else {}
-    # The code it points to is not part of a checkpoint folder.
-    config.pop("auto_map", None)
-    if source is not None and spec_from_config(config) == spec:
-        return config
-    config.update(_fields(spec, config))
-    if spec_from_config(config) != spec:
-        raise ValueError("the exported config.json would not mean the same model: this is a defect, please report it")
-    return config
+    return config_for(
+        spec,
+        source,
+        model_type="qwen2",
+        problems=_not_expressible(spec),
+        write=_write,
+        spec_from_config=spec_from_config,
+    )
 
 
-def _fields(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
+def _write(spec: ModelSpec, config: dict[str, Any]) -> None:
     for old in ("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "head_dim"):
         config.pop(old, None)
-    fields: dict[str, Any] = {
+    config |= shape_fields(spec) | {
         "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
         "hidden_act": activation_name(spec.activation),
-        "rms_norm_eps": spec.norm_eps,
-        "tie_word_embeddings": spec.tied_head,
         # Read by every version of transformers; version 5 moves it into rope_parameters by itself.
         "rope_theta": spec.layers[0].rope_base,
     }
     if spec.head_dim * spec.num_heads != spec.hidden_size:
-        fields["head_dim"] = spec.head_dim
-    return fields | _window_fields([layer.window for layer in spec.layers])
+        config["head_dim"] = spec.head_dim
+    config |= _window_fields([layer.window for layer in spec.layers])
 
 
 def _window_fields(windows: list[int | None]) -> dict[str, Any]:
