@@ -93,6 +93,20 @@ def test_arms_of_a_comparison_differ_in_nothing_but_start_stages_and_layers():
             assert seen.setdefault(name, value) == value, (arm, name)
 
 
+def test_a_size_says_how_much_and_never_touches_a_stage():
+    for path in sorted((ROOT / "configs/size").glob("*.yaml")):
+        assert "stages" not in yaml.safe_load(path.read_text()).get("model", {}), path.name
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_wallclock"])
+def test_the_demos_matrices_raise_the_rate_of_every_arm_with_stage_a(name):
+    """The overlay is named by hand in each entry; one that was forgotten would weaken or strengthen one arm alone."""
+    for planned in expand(read_matrix(ROOT / "configs/matrix" / f"{name}.yaml"), configs=str(ROOT / "configs")):
+        arm = yaml.safe_load((ROOT / "configs" / f"{planned.experiment}.yaml").read_text())
+        has_stage_a = "A" in arm["model"].get("stages", {})
+        assert ("configs/demo/scratch.yaml" in " ".join(planned.arguments)) == has_stage_a, planned.name
+
+
 @pytest.mark.parametrize("name", ["qwen_ablations", "gemma_policies"])
 def test_every_cell_of_an_ablation_trains_something_of_its_own(name, tmp_path):
     """Two runs whose stages, networks and starts are equal would measure one thing twice and call it two."""

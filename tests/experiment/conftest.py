@@ -1,7 +1,9 @@
-"""A record like the demo's; the losses are keyword arguments, so that tests can bend them."""
+"""A record like the demo's, whose losses are keyword arguments so that tests can bend them; and runs of a small matrix."""
 
 import pytest
 
+from ttt_lit.experiment.matrix import expand
+from ttt_lit.experiment.matrix_file import parse_matrix
 from ttt_lit.experiment.record import (
     Bucket,
     Document,
@@ -117,3 +119,18 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
 def make_record():
     """A function that makes a finished run of two stages: B1 (sliding window) and C (TTT)."""
     return demo
+
+
+@pytest.fixture
+def runs_of(tmp_path):
+    """Entries of a matrix → its runs, with arms q_base, q_a, q_b, q_c below a folder of this test."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "base.yaml").write_text("run: {root: runs}\n")
+    for arm in ("q_base", "q_a", "q_b", "q_c"):
+        (tmp_path / "configs" / f"{arm}.yaml").write_text(f"run: {{experiment: {arm}}}\n")
+
+    def make(*entries):
+        matrix = parse_matrix({"name": "m", "runs": list(entries)}, "m.yaml")
+        return expand(matrix, configs=tmp_path / "configs", root=str(tmp_path / "runs"))
+
+    return make
