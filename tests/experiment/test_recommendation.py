@@ -41,13 +41,14 @@ def recommended(*records):
 
 
 def test_a_saving_with_sound_secondary_gates_says_scale_up():
-    found = recommended(*baseline(), *candidate(PASSES))
+    cheap = [Parent(name="pretraining", gpu_seconds=5 * 3600)]
+    found = recommended(*baseline(), *candidate(PASSES, parents=cheap))
     assert (found.family, found.verdict) == ("qwen2", "scale up")
     assert "saves 50.0%" in found.why
     assert "next size" in found.would_change
 
 
-@pytest.mark.parametrize("hours, words", [(None, "evidence is insufficient"), (40.0, "the gate fails")])
+@pytest.mark.parametrize("hours, words", [(None, "evidence is insufficient"), (75.0, "the gate fails")])
 def test_scaling_up_says_what_the_parents_do_to_it(hours, words):
     parents = [Parent(name="pretraining", gpu_seconds=None if hours is None else hours * 3600)]
     found = recommended(*baseline(), *candidate(PASSES, parents=parents))
@@ -76,6 +77,15 @@ def test_one_good_candidate_is_enough_and_one_bad_does_not_decide_for_another():
 def test_an_ablation_without_wall_clock_runs_does_not_keep_a_no_open():
     ablation = candidate({None: 0.0}, variant="b2_budget=5")
     assert recommended(*baseline(), *candidate(FAILS), *ablation).verdict == "no"
+
+
+def test_a_main_candidate_that_was_never_run_by_time_keeps_a_no_open():
+    """It may be the one that saves: better after the same tokens, and in fewer GPU-hours."""
+    direct = candidate({None: -0.05}, experiment="q_p2_direct", hours=60)
+    found = recommended(*baseline(), *candidate(FAILS), *direct)
+    assert found.verdict == "not yet"
+    assert "q_p2_direct" in found.why
+    assert "no wall-clock-matched runs" in found.would_change
 
 
 @pytest.mark.parametrize(

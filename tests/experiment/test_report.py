@@ -8,6 +8,7 @@ from records import run
 
 import cli
 from ttt_lit.experiment.gates import judge_candidates
+from ttt_lit.experiment.record import Parent
 from ttt_lit.experiment.report import console, read_records, tables
 from ttt_lit.experiment.report.decision import reason_lines
 from ttt_lit.experiment.study import read_study
@@ -115,11 +116,12 @@ def test_a_run_without_stages_is_reported(make_record):
 
 
 def test_more_than_three_runs_are_decided_together_in_short():
+    free = [Parent(name="pretraining", gpu_seconds=0.0)]
     bridge, *others = (
-        run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 2.9), hours=250.0),
+        run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 2.9), hours=250.0, parents=free),
         run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0)),
         run("q_fa_import", "fa_import", dict.fromkeys(IDS, 2.8)),
-        run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 3.02), share=0.5, hours=52.0, run_id="half"),
+        run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 3.02), share=0.5, hours=52.0, run_id="half", parents=free),
     )
     text = console([bridge, *others])
     assert "What q_p1_bridge" not in text

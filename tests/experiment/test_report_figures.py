@@ -1,6 +1,7 @@
 """Figures of the report: the right numbers, one look per role, and labels that cover nothing."""
 
 import itertools
+import math
 
 import pytest
 from matplotlib.colors import to_rgb
@@ -29,7 +30,8 @@ def arm(experiment, role, loss, hours, *, tilt=0.0, **fields):
         for start, stop, by in ((0, 64, tilt), (64, 1024, 0.0), (1024, 32768, -tilt))
     ]
     series = [point(hours * share, loss + 1 - share) for share in (0.25, 0.5, 1.0)]
-    return run(experiment, role, {}, hours=hours, final=final, evaluations=series, **fields)
+    whole = {"parents": [] if role.endswith("scratch") else [Parent(name="free", gpu_seconds=0.0)]}
+    return run(experiment, role, {}, hours=hours, final=final, evaluations=series, **(whole | fields))
 
 
 def family(records):
@@ -141,6 +143,32 @@ def test_hours_to_the_target_are_drawn_and_an_arm_that_never_got_there_is_said()
     assert texts == {"a": "100", "b": "90 / 100", "c": "not reached", "d": "90 / not known"}
     hatched = [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches if bar.get_hatch()]
     assert hatched == [(0.0, pytest.approx(10.0))]
+
+
+def test_an_arm_that_begins_at_the_target_has_an_upper_bound():
+    parents = [Parent(name="x", gpu_seconds=36_000.0)]
+    quick = [arm("b", "bridge", 1.7, 100, parents=parents), arm("c", "direct", 1.7, 100, parents=[Parent(name="y")])]
+    texts = [
+        text.get_text() for text in target_figure(family([arm("a", "ttt_scratch", 2.5, 100), *quick])).axes[0].texts
+    ]
+    assert texts == ["100", "≤ 25 / ≤ 35", "≤ 25 / not known"]
+
+
+def test_one_seed_that_begins_at_the_target_makes_the_mean_an_upper_bound():
+    seeds = [arm("b", "bridge", loss, 100, seed=seed) for seed, loss in enumerate((2.4, 1.7))]
+    baseline = [arm("a", "ttt_scratch", 2.5, 100, seed=seed) for seed in (0, 1)]
+    texts = [text.get_text() for text in target_figure(family([*baseline, *seeds])).axes[0].texts]
+    assert texts == ["100", "≤ 57.5"]
+
+
+def test_a_single_document_has_no_bar():
+    lone = validation({"0": 2.5})
+    pair = family([arm("a", "ttt_scratch", 2.5, 100), arm("b", "bridge", 2.4, 90)])
+    for each in pair.arms:
+        each.records[0].stages[-1].validations = [lone]
+    figure = frontier_figure(pair, "marginal", family_differences(pair))
+    assert not figure.axes[0].collections[:-1]  # rings of the Pareto front alone
+    assert all(map(math.isfinite, figure.axes[0].get_ylim()))
 
 
 def test_the_baselines_series_is_shifted_to_end_at_its_final_loss():

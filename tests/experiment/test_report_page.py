@@ -14,12 +14,14 @@ from records import CONTEXT, point, run, validation
 import cli
 from ttt_lit.experiment.comparison import compare_all
 from ttt_lit.experiment.formats import interval_text
-from ttt_lit.experiment.gates import judge_candidates
+from ttt_lit.experiment.gates import MAX_LAST_RISE, judge_candidates
 from ttt_lit.experiment.page import write_report
-from ttt_lit.experiment.page.blocks import Listing
+from ttt_lit.experiment.page.blocks import Grid, Listing, Paragraph
 from ttt_lit.experiment.page.build import build_page
+from ttt_lit.experiment.page.differences import family_differences
 from ttt_lit.experiment.page.html import html_page
-from ttt_lit.experiment.page.parts.closing import problems
+from ttt_lit.experiment.page.parts.closing import across, problems, reading
+from ttt_lit.experiment.page.parts.runs import run_table
 from ttt_lit.experiment.page.sheets import runs_csv
 from ttt_lit.experiment.record import Bucket, Model, Parent, Start, Throughput, Transition
 from ttt_lit.experiment.study import read_study
@@ -40,7 +42,8 @@ def arm(experiment, role, loss, *, hours, seed=0, noise=0.0, **fields):
         for place, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))
     ]
     series = [point(hours * share, loss + 0.5 * (1 - share)) for share in (0.25, 0.5, 0.75, 0.95)]
-    record = run(experiment, role, {}, seed=seed, hours=hours, final=final, evaluations=series, **fields)
+    whole = {"parents": [] if role.endswith("scratch") else [Parent(name="free", gpu_seconds=0.0)]}
+    record = run(experiment, role, {}, seed=seed, hours=hours, final=final, evaluations=series, **(whole | fields))
     stage = record.stages[0]
     stage.throughput = Throughput(
         tokens_per_second=1e5, seconds_per_1k_tokens=0.01, flop_per_token=1.0, flop_per_second=1.0
@@ -287,6 +290,83 @@ def test_csv_has_a_row_per_run_and_stage_and_one_per_gate(records, folder):
     assert [(row["judged"], row["gate"], row["account"], row["outcome"]) for row in rows_of(folder / "gates.csv")] == [
         (gate.subject, gate.name, gate.account or "", gate.outcome) for gate in gates
     ]
+
+
+def test_csv_and_final_take_the_same_of_two_contexts():
+    record = arm("q", "bridge", 2.6, hours=1)
+    record.stages[0].validations.append(validation({"0": 9.0}, context=2 * CONTEXT))
+    (row,) = csv.DictReader(io.StringIO(runs_csv([record]), newline=""))
+    assert float(row["loss_inner_on"]) == record.final().nats_per_token
+    assert float(row["bits_per_byte_inner_on"]) == record.final().bits_per_byte
+
+
+def test_csv_says_which_hours_to_the_target_are_an_upper_bound():
+    quick = arm("quick", "bridge", 1.7, hours=100, parents=[Parent(name="x", gpu_seconds=36_000.0)])
+    slow, never = arm("slow", "direct", 2.4, hours=100), arm("never", "control", 9.0, hours=100)
+    made_it = arm("external", "external", 2.0, hours=100)
+    text = runs_csv([arm("a", "ttt_scratch", 2.5, hours=100), quick, slow, never, made_it])
+    rows = {row["experiment"]: row for row in csv.DictReader(io.StringIO(text, newline=""))}
+    columns = [f"gpu_hours_to_target{end}" for end in ("", "_with_parents", "_is_upper_bound")]
+    found = {name: [row[column] for column in columns] for name, row in rows.items()}
+    assert found["quick"] == ["25.0", "35.0", "true"]
+    assert found["slow"][2] == "false"
+    assert 50 < float(found["slow"][0]) < 95
+    assert found["never"] == ["", "", ""]
+    assert rows["never"]["target_loss"] == rows["a"]["target_loss"] != ""
+    assert rows["external"]["target_loss"] == ""
+    assert [row["stage"] for row in rows.values()] == ["C"] * 5
+
+
+def test_the_table_of_hours_to_the_target_has_the_figures_numbers():
+    quick = arm("quick", "bridge", 1.7, hours=100, parents=[Parent(name="x", gpu_seconds=36_000.0)])
+    runs = [arm("a", "ttt_scratch", 2.5, hours=100), arm("never", "control", 9.0, hours=100)]
+    (without,) = (grid for grid in target_grids(runs))
+    (found,) = (grid for grid in target_grids([*runs, quick]))
+    assert "≤" not in without.caption
+    assert "≤: at the target at the first evaluation" in found.caption
+    rows = {row[0]: row[1:] for row in found.rows}
+    assert rows == {"a": ("95", "95"), "never": ("not reached", "not reached"), "quick": ("≤ 25", "≤ 35")}
+
+
+def target_grids(records):
+    blocks = build_page(read_study(records), {"qwen2": []}, records, command="x").blocks
+    return [block for block in blocks if isinstance(block, Grid) and block.caption.startswith("GPU-hours to")]
+
+
+def test_families_are_compared_with_the_bytes_that_they_were_measured_on():
+    qwen_run, gemma_run = arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), gemma()[0]
+    gemma_run.stages[0].validations[0].bytes = 70_964
+    _, words, grid = across(read_study([qwen_run, gemma_run]))
+    assert grid.header[-1] == "held-out bytes"
+    expected = {"q_ttt_scratch": f"{qwen_run.final().bytes:,}", "g_ttt_scratch": "70,964"}
+    assert {row[0]: row[-1] for row in grid.rows} == expected
+    assert "of the same text" not in words.text
+    assert "cut by its own tokenizer" in words.text
+
+
+def test_seeds_of_a_difference_are_counted_in_words():
+    baseline = [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1, seed=seed) for seed in (0, 1)]
+    for seeds, words in (((0,), "(1 seed)"), ((0, 1), "(2 seeds)"), ((0, 1, 2), "(2 of 3 seeds)")):
+        bridge = [arm("q_p1_bridge", "bridge", 2.5, hours=1, seed=seed) for seed in seeds]
+        family = read_study([*baseline, *bridge]).families["qwen2"]
+        _, grid = run_table(family, family_differences(family))
+        (line,) = {row[6][0] for row in grid.rows if row[0][0].startswith("q_p1_bridge")}
+        assert line.startswith("Δ baseline: ")
+        assert line.endswith(f" {words}")
+
+
+def test_the_page_says_what_stable_convergence_does_with_an_interval_around_zero():
+    """It passes, which is not what the other gates do, and the page must not say otherwise."""
+    wave = [3.0 + 0.001 * math.sin(step) for step in range(240)]
+    records = [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), arm("q_p1_bridge", "bridge", 2.5, hours=1)]
+    records[1].stages[0].train_losses = wave
+    (candidate,) = judge_candidates(read_study(records).families["qwen2"], resamples=500)
+    convergence = next(gate for gate in candidate.secondary if gate.name == "stable convergence")
+    assert convergence.outcome == "pass"
+    assert re.search(r"\[−0\.\d+, \+0\.\d+\]", dict(convergence.numbers)["change over the last third of C, seed 0"])
+    (rule,) = (b.text for b in reading(records, "x") if isinstance(b, Paragraph) and b.text.startswith("Insufficient"))
+    assert "The one exception is stable convergence" in rule
+    assert f"nowhere above {MAX_LAST_RISE:g}" in rule
 
 
 def test_no_text_of_a_csv_is_a_formula_and_negative_numbers_stay_numbers():

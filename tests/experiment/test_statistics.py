@@ -94,6 +94,16 @@ def test_a_document_weighs_as_many_times_as_it_has_blocks():
     assert (interval.low, interval.high) == (1.0, 5.0)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_single_document_has_a_mean_and_no_bounds(blocks):
+    """Resampled, it is always itself: a width of zero would look certain."""
+    values = np.arange(2.0 * blocks).reshape(2, blocks)
+    alone = mean_interval(named(values), documents={f"d{index:03}": 7 for index in range(blocks)})
+    assert alone.estimate == pytest.approx(values.mean())
+    assert (alone.low, alone.high, alone.documents, alone.bounded) == (-np.inf, np.inf, 1, False)
+    assert mean_interval(named(np.ones((1, 2)))).bounded
+
+
 @pytest.mark.parametrize("known, hits", [(True, (0.88, 0.98)), (False, (0.0, 0.75))])
 def test_only_resampled_documents_hold_the_truth_where_blocks_of_one_resemble_each_other(known, hits):
     generator = np.random.default_rng(7)

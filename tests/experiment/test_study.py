@@ -101,6 +101,33 @@ def test_an_arm_with_two_roles_is_a_problem():
     )
 
 
+def _with(record, name):
+    if name == "network":
+        record.model.num_parameters = 2
+    elif name == "headline":
+        record.headline = "off"
+    elif name == "devices":
+        record.environment.num_devices = 8
+    else:
+        record.stages[0].windows = [4096]
+    return record
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("network", "the network"),
+        ("headline", "the setting that they are judged by"),
+        ("devices", "the number of devices"),
+        ("window", "their stages"),
+    ],
+)
+def test_seeds_that_differ_in_more_than_the_seed_are_no_arm(name, words):
+    runs = [run("q_p1_bridge", "bridge", {"a": 3.0}, seed=seed) for seed in (0, 1)]
+    assert only_arm(*runs).problems == ()
+    assert only_arm(runs[0], _with(runs[1], name)).problems == (f"its seeds differ in {words}",)
+
+
 def test_numbers_are_means_over_seeds():
     parents = [Parent(name="a", gpu_seconds=3600.0), Parent(name="b", gpu_seconds=7200.0)]
     arm = only_arm(bridge(3.0, hours=10, parents=parents), bridge(4.0, seed=1, hours=20, parents=parents))

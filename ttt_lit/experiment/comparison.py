@@ -106,6 +106,8 @@ def _worse_than_start(arm: Arm, resamples: int) -> Iterator[str]:
     interval = _paired(finals, starts, arm.sources, resamples)
     if interval is None:
         yield "whether it is worse than the checkpoint that it started from cannot be told: the two were not measured on the same documents"
+    elif not interval.bounded:
+        yield "whether it is worse than the checkpoint that it started from cannot be told: the two were measured on 1 document"
     elif interval.estimate > MAX_DELTA and interval.low > 0:
         yield (
             f"worse than the checkpoint that it started from, by {nats(interval)} on the short context; "
@@ -146,17 +148,24 @@ def hours_to_target(arm: Arm, target: float, account: Account) -> float | None:
     Between two measurements the loss is taken as linear in GPU-hours. A run whose first measurement is already there gets the hours of
     that measurement, which is an upper bound.
     """
-    hours = [_hours_to_target(record, target, account) for record in arm.records]
+    hours = [run_hours_to_target(record, target, account) for record in arm.records]
     known = [each for each in hours if each is not None]
     return sum(known) / len(known) if len(known) == len(hours) else None
 
 
-def _hours_to_target(record: RunRecord, target: float, account: Account) -> float | None:
+def run_hours_to_target(record: RunRecord, target: float, account: Account) -> float | None:
+    """The same of one run."""
     whole, own = gpu_hours(record, account), gpu_hours(record, "marginal")
     seconds = _first_crossing(_series(record), target)
     if seconds is None or whole is None or own is None:
         return None
     return seconds / 3600 + (whole - own)
+
+
+def reached_at_once(record: RunRecord, target: float) -> bool:
+    """Whether a run's first measurement was already at the target, so that its GPU-hours to it are an upper bound."""
+    series = _series(record)
+    return bool(series) and series[0][1] <= target
 
 
 def _first_crossing(series: Sequence[tuple[float, float]], target: float) -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ttt_lit.experiment.comparison import flags
 from ttt_lit.experiment.findings import MIN_LEARNT
+from ttt_lit.experiment.formats import counted
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS
 from ttt_lit.experiment.study import Account, Arm
@@ -74,7 +75,7 @@ def _demo_size(record: RunRecord) -> Iterator[str]:
         yield f"demo size: a long context of {final.context:,} tokens, at least {DEMO_CONTEXT:,} are needed"
     sources = set() if final is None else {block.source for block in final.documents}
     if final is not None and len(sources) < MIN_DOCUMENTS:
-        yield f"demo size: {len(sources)} documents, an interval needs at least {MIN_DOCUMENTS}"
+        yield f"demo size: {counted(len(sources), 'document')}, an interval needs at least {MIN_DOCUMENTS}"
 
 
 def missing_shares(arms: Mapping[float, Arm]) -> Iterator[str]:
@@ -94,17 +95,34 @@ def single_seeds(baseline: Arm | None, arms: Sequence[Arm]) -> Iterator[str]:
         yield f"a single seed: {', '.join(single)}; run at least {MIN_SEEDS}"
 
 
+def _unmatched(baseline: Arm, arms: Sequence[Arm]) -> Iterator[str]:
+    """The baseline has the candidate's modules and is judged in the same setting; anything else compares two things at once."""
+    facts: dict[str, Callable[[RunRecord], object]] = {
+        "network": lambda record: (record.model.num_parameters, tuple(record.model.ttt_layers)),
+        "inner loop in the loss that they are judged by": lambda record: record.headline,
+    }
+    for fact, read in facts.items():
+        theirs = {read(record) for record in baseline.records}
+        names = [arm.name for arm in arms if {read(record) for record in arm.records} != theirs]
+        if names:
+            yield f"{baseline.name} is not the matched baseline of {', '.join(names)}: another {fact}"
+
+
 def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account) -> Iterator[str]:
     """Too few seeds, or GPU-hours that cannot be compared; ``arms``: the wall-clock-matched ones."""
     yield from single_seeds(baseline, arms)
     if baseline is not None:
-        devices = {record.environment.device for arm in (baseline, *arms) for record in arm.records}
+        environments = [record.environment for arm in (baseline, *arms) for record in arm.records]
+        devices = {f"{each.num_devices} × {each.device}" for each in environments}
         if len(devices) > 1:
             yield f"GPU-hours of different devices: {', '.join(sorted(devices))}; run all on the same"
+        yield from _unmatched(baseline, arms)
     for arm in arms:
         if arm.gpu_hours("marginal") is None:
             yield f"the GPU-hours of {arm.name} are not known"
     if account == "with_parents":
-        unknown = {p.name for arm in arms for record in arm.records for p in record.parents if p.gpu_seconds is None}
+        records = [record for arm in (*([] if baseline is None else [baseline]), *arms) for record in arm.records]
+        unknown = {parent.name for record in records for parent in record.parents if parent.gpu_seconds is None}
+        unknown |= {record.start.source for record in records if record.start.source and not record.parents}
         if unknown:
             yield f"the cost of parents is not known: {', '.join(sorted(unknown))}"

@@ -20,7 +20,9 @@ def change(value: float | None) -> str:
 
 
 def interval(value: Interval | Change) -> tuple[str, str]:
-    """Estimate, and the interval in brackets."""
+    """Estimate, and the interval in brackets, or in its place that there is none."""
+    if isinstance(value, Interval) and not value.bounded:
+        return change(value.estimate), "(1 document: no interval)"
     return change(value.estimate), f"[{change(value.low)}, {change(value.high)}]"
 
 
@@ -31,7 +33,8 @@ def interval_text(value: Interval | Change) -> str:
 
 def nats(value: Interval | Change) -> str:
     """``+0.0040 [−0.0021, +0.0101] nats per token``."""
-    return f"{interval_text(value)} nats per token"
+    estimate, ends = interval(value)
+    return f"{estimate} {ends} nats per token" if ends.startswith("[") else f"{estimate} nats per token {ends}"
 
 
 def hours(value: float | None) -> str:
@@ -42,6 +45,11 @@ def hours(value: float | None) -> str:
 
 def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 document``, ``22 documents``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def billions(value: float) -> str:

@@ -5,6 +5,7 @@ The primary gate is here, what keeps it from deciding in ``evidence.py``, the se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,10 @@ from ttt_lit.experiment.evidence import (
     missing_shares,
 )
 from ttt_lit.experiment.findings import MIN_LEARNT
-from ttt_lit.experiment.formats import nats
+from ttt_lit.experiment.formats import counted, nats
 from ttt_lit.experiment.stability import (
     MAX_DECILE_RISE,
+    MAX_LAST_RISE,
     MIN_LAST_THIRD,
     SPIKE_NATS,
     SPIKE_STEPS,
@@ -40,7 +42,9 @@ __all__ = [
     "DEMO_TOKENS",
     "MAX_DECILE_RISE",
     "MAX_DELTA",
+    "MAX_LAST_RISE",
     "MAX_SHARE",
+    "MIN_FAILING_SHARE",
     "MIN_DOCUMENTS",
     "MIN_LAST_THIRD",
     "MIN_LEARNT",
@@ -68,6 +72,8 @@ SHARE_TOLERANCE = 0.01
 run planned at 0.7 could never show a saving of 0.30."""
 MAX_SHARE = 1 - MIN_SAVING + SHARE_TOLERANCE
 """Measured share up to which a run counts as one that saves enough."""
+MIN_FAILING_SHARE = 1 - MIN_SAVING - SHARE_TOLERANCE
+"""Measured share from which a run that is worse shows that no cheaper one would save enough: below, a dearer one still might."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,8 @@ class _Point:
     comparison: Comparison
     share: float | None
     """Measured GPU-hours as a share of the baseline's; None: not known."""
+    finished: bool
+    """Whether both runs are; before, the share says little."""
 
     @property
     def interval(self) -> Interval | None:
@@ -102,10 +110,10 @@ def primary_gate(
     for point in points:
         blocking += point.comparison.reasons
     blocking += evidence_reasons(baseline, list(arms.values()), account)
-    usable = sorted((p for p in points if p.share is not None and p.interval is not None), key=lambda p: p.share or 0.0)
+    usable = sorted((p for p in points if p.share is not None and p.interval is not None), key=_share)
     blocking += _order_reasons(usable)
     best = next((point for point in usable if point.holds), None)
-    reduction = None if best is None else 1 - (best.share or 0.0)
+    reduction = None if best is None else 1 - _share(best)
     outcome, reason = _decide(usable, reduction, _parents_share(arms.values(), baseline, account))
     if blocking:
         reasons = [*blocking, reason] if outcome == "insufficient" and usable else blocking
@@ -133,44 +141,49 @@ def _point(arm: Arm, baseline: Arm, account: Account, resamples: int) -> _Point:
         arm=arm,
         comparison=compare(arm, baseline, resamples=resamples),
         share=hours_ratio(arm, baseline, account),
+        finished=arm.finished and baseline.finished,
     )
 
 
 def _decide(usable: Sequence[_Point], reduction: float | None, parents: float | None) -> tuple[Outcome, str]:
     """From points sorted by share, as if nothing else were in the way. ``parents``: what came before, as a share of the baseline."""
     if reduction is not None and 1 - reduction <= MAX_SHARE:
+        tolerated = f", within the tolerance of {SHARE_TOLERANCE:.0%}," if reduction < MIN_SAVING else ""
         return (
             "pass",
-            f"saves {reduction:.1%} of the baseline's GPU-hours with the whole interval at or below {MAX_DELTA:g}",
+            f"saves {reduction:.1%} of the baseline's GPU-hours{tolerated} with the whole interval at or below {MAX_DELTA:g}",
         )
-    within = [point for point in usable if point.share is not None and point.share <= MAX_SHARE]
-    if not within:
-        return _decide_outside(usable, parents)
-    crossing = [point.arm.name for point in within if not point.violates]
-    if crossing:
-        return (
-            "insufficient",
-            f"the interval crosses {MAX_DELTA:g} for {', '.join(crossing)}; measure more documents or seeds",
-        )
-    return (
-        "fail",
-        f"every run within {MAX_SHARE:.2f} of the baseline's GPU-hours has its whole interval above {MAX_DELTA:g}",
-    )
-
-
-def _decide_outside(usable: Sequence[_Point], parents: float | None) -> tuple[Outcome, str]:
-    """No run was cheap enough. That decides only where a cheaper one could not have held either."""
     if parents is not None and parents > MAX_SHARE:
         return (
             "fail",
             f"the parent runs alone cost {parents:.2f} of the baseline's GPU-hours, a saving allows {MAX_SHARE:.2f}",
         )
-    if usable and usable[0].violates:
+    # More of the same training is not worse (``_order_reasons`` watches over that), so a run that is worse speaks for all cheaper ones.
+    worse = list(itertools.takewhile(lambda point: point.violates, usable))
+    reached = 0.0 if not worse else _share(worse[-1])
+    if reached >= MIN_FAILING_SHARE:
         return (
             "fail",
-            f"{usable[0].arm.name}, the cheapest run, costs {usable[0].share:.2f} and still has its whole interval above {MAX_DELTA:g}",
+            f"{worse[-1].arm.name} costs {reached:.3f} of the baseline's GPU-hours and still has its whole interval above {MAX_DELTA:g}",
         )
-    return "insufficient", f"no run within {MAX_SHARE:.2f} of the baseline's GPU-hours; run a smaller share"
+    crossing = [point for point in usable if _share(point) <= MAX_SHARE and not point.violates]
+    if crossing:
+        names = ", ".join(point.arm.name for point in crossing)
+        return (
+            "insufficient",
+            f"the interval crosses {MAX_DELTA:g} for {names}; measure more documents or seeds",
+        )
+    if not worse:
+        return "insufficient", f"no run within {MAX_SHARE:.2f} of the baseline's GPU-hours; run a smaller share"
+    return (
+        "insufficient",
+        f"no run between {reached:.3f} of the baseline's GPU-hours, where the loss is worse, and {MAX_SHARE:.2f}; run one there",
+    )
+
+
+def _share(point: _Point) -> float:
+    """Of a usable point, whose share is known."""
+    return point.share or 0.0
 
 
 def _order_reasons(usable: Sequence[_Point]) -> Iterator[str]:
@@ -209,8 +222,10 @@ def _matched_numbers(
 
 def _saving_numbers(points: Sequence[_Point], reduction: float | None) -> Iterator[tuple[str, str]]:
     if points:
-        none = f"none shown: no budget has its whole interval at or below {MAX_DELTA:g}"
-        yield "saving", none if reduction is None else f"{reduction:.3f} of the baseline's GPU-hours"
+        none = f"none shown, since no budget has its whole interval at or below {MAX_DELTA:g}"
+        saved = f"{reduction:.3f} of the baseline's GPU-hours" if reduction is not None and reduction > 0 else None
+        dearer = f"none, since what holds costs {1 - (reduction or 0):.2f} of the baseline's GPU-hours"
+        yield "saving", none if reduction is None else saved or dearer
     for point in points:
         yield f"{point.arm.name} − baseline", _difference(point)
 
@@ -218,8 +233,10 @@ def _saving_numbers(points: Sequence[_Point], reduction: float | None) -> Iterat
 def _difference(point: _Point) -> str:
     if point.interval is None:
         return "not measured"
-    share = "GPU-hours not known" if point.share is None else f"{point.share:.3f} of its GPU-hours"
-    return f"{nats(point.interval)} ({share}, {'1 seed' if point.interval.seeds == 1 else f'{point.interval.seeds} seeds'})"
+    share = (
+        f"{point.share:.3f} of its GPU-hours" if point.share is not None and point.finished else "GPU-hours not known"
+    )
+    return f"{nats(point.interval)} ({share}, {counted(point.interval.seeds, 'seed')})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ttt_lit.experiment.formats import NONE
 from ttt_lit.experiment.record import RunRecord
 
 FEW_BLOCKS = 8
@@ -22,6 +23,12 @@ def final_blocks(record: RunRecord) -> int | None:
     """Blocks of the validation that speaks for the run; None where it was not measured."""
     final = record.final()
     return None if final is None else final.blocks
+
+
+def final_bytes(records: Iterable[RunRecord]) -> str:
+    """Bytes of text in the blocks of the final validation, ``73,812``; several where runs differ, a dash where none was measured."""
+    counts = sorted({final.bytes for record in records if (final := record.final()) is not None})
+    return " or ".join(f"{each:,}" for each in counts) or NONE
 
 
 def block_words(counts: Iterable[int | None]) -> str:

@@ -5,7 +5,7 @@ A reader's first question. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ttt_lit.experiment.comparison import Comparison, Differences, hours_ratio
@@ -17,6 +17,7 @@ from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
 ACCOUNT_WORDS: dict[Account, str] = {"marginal": "run alone", "with_parents": "with parents"}
 NOT_PROVED = "measured, not proved"
 """Of numbers whose evidence is insufficient for a decision."""
+_NO_DIFFERENCE = "no difference can be formed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,13 @@ def budgets(
     ]
 
 
+def shared_cores(records: Iterable[RunRecord]) -> str:
+    """What else is in the times of runs that are processes on a CPU; empty where none is."""
+    if not any(record.environment.device.endswith("cpu") for record in records):
+        return ""
+    return "processes on CPU cores: other work on the machine is in these times"
+
+
 def _proved(each: CandidateGates) -> bool:
     return each.marginal.outcome != "insufficient"
 
@@ -108,7 +116,10 @@ def _sentences(family: FamilyStudy, each: CandidateGates, differences: Mapping[s
 
 
 def _to_control(words: str, control: Arm | None, comparison: Comparison | None) -> str:
-    return f"{words}, no run" if control is None else f"{words} ({control.name}) {_difference(comparison)}"
+    if control is None:
+        return f"{words}, no run"
+    difference = _difference(comparison)
+    return f"{words} ({control.name}) {difference}" if difference else f"{words} ({control.name}), {_NO_DIFFERENCE}"
 
 
 def _to_baseline(arm: Arm, baseline: Arm | None, found: Differences) -> str:
@@ -116,9 +127,11 @@ def _to_baseline(arm: Arm, baseline: Arm | None, found: Differences) -> str:
         return "and there is no baseline to compare with."
     if baseline.loss is None:
         return f"and the baseline ({baseline.name}) has no loss to compare with."
+    difference = _difference(found["ttt_scratch"])
+    said = f"difference {difference}{_sample(found['ttt_scratch'])}" if difference else _NO_DIFFERENCE
     return (
-        f"against {loss(baseline.loss)} of the baseline ({baseline.name}) after {billions(baseline.tokens)}: difference "
-        f"{_difference(found['ttt_scratch'])}{_sample(found['ttt_scratch'])}. {_hours(arm, baseline)}"
+        f"against {loss(baseline.loss)} of the baseline ({baseline.name}) after {billions(baseline.tokens)}: {said}. "
+        f"{_hours(arm, baseline)}"
     )
 
 
@@ -127,24 +140,30 @@ def _hours(arm: Arm, baseline: Arm) -> str:
     if unfinished:
         return f"GPU-hours are not compared: {' and '.join(unfinished)} did not finish."
     times = ", ".join(f"{_ratio(arm, baseline, account)} {words}" for account, words in ACCOUNT_WORDS.items())
-    devices = {record.environment.device for each in (arm, baseline) for record in each.records}
-    apart = f" (on different devices: {', '.join(sorted(devices))})" if len(devices) > 1 else ""
-    return f"GPU-hours as a multiple of the baseline's: {times}{apart}."
+    records = [record for each in (arm, baseline) for record in each.records]
+    devices = {record.environment.device for record in records}
+    doubts = [f"on different devices: {', '.join(sorted(devices))}"] if len(devices) > 1 else []
+    doubts += [shared_cores(records)] if shared_cores(records) else []
+    return f"GPU-hours as a multiple of the baseline's: {times}" + (f" ({'; '.join(doubts)})." if doubts else ".")
 
 
 def _ratio(arm: Arm, baseline: Arm | None, account: Account) -> str:
-    ratio = None if baseline is None else hours_ratio(arm, baseline, account)
+    """A dash unless both are finished: the hours of a run that is cut off or still running are not what it costs."""
+    if baseline is None or not (arm.finished and baseline.finished):
+        return NONE
+    ratio = hours_ratio(arm, baseline, account)
     return NONE if ratio is None else f"{ratio:.3f}" if ratio < 1 else f"{ratio:.2f}"
 
 
 def _difference(comparison: Comparison | None) -> str:
+    """Empty where there is none."""
     if comparison is None or comparison.interval is None:
-        return "no difference can be formed"
+        return ""
     return interval_text(comparison.interval) + (" (flagged)" if comparison.reasons else "")
 
 
 def _sample(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.interval is None:
+    if comparison is None or comparison.interval is None or not comparison.interval.bounded:
         return ""
     over = comparison.interval
     seeds = "1 seed" if over.seeds == 1 else f"{over.seeds} seeds"

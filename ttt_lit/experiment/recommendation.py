@@ -35,7 +35,7 @@ def recommend_scaling(family: FamilyStudy, candidates: Sequence[CandidateGates])
     """One verdict for a family, from the gates of its candidates as ``judge_candidates`` makes them.
 
     Scale up: a candidate passes the primary gate under the marginal account and all secondary gates. No: every candidate fails the
-    primary gate. Not yet: anything else. Candidates with wall-clock-matched runs are judged; without any, all of them are.
+    primary gate. Not yet: anything else. Ablations without wall-clock-matched runs are left out where any candidate has them.
     """
     judged = _deciding(family, candidates)
     if not judged:
@@ -58,8 +58,8 @@ def recommend_scaling(family: FamilyStudy, candidates: Sequence[CandidateGates])
 
 
 def _deciding(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[CandidateGates]:
-    by_time = [each for each in judged if family.shares(each.experiment, each.variant)]
-    return by_time or list(judged)
+    by_time = {each.name for each in judged if family.shares(each.experiment, each.variant)}
+    return [each for each in judged if not by_time or each.name in by_time or not each.variant]
 
 
 def _scale_up(family: FamilyStudy, best: CandidateGates) -> Recommendation:

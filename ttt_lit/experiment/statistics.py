@@ -42,6 +42,11 @@ class Interval:
     def width(self) -> float:
         return self.high - self.low
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval at all. One document says nothing about another, so its bounds are infinite: they decide nothing."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -178,8 +183,10 @@ def _interval(values: np.ndarray, clusters: np.ndarray, resamples: int, seed: in
     seeds, blocks = values.shape
     sizes = np.bincount(clusters)
     sums = np.stack([np.bincount(clusters, weights=row) for row in values])
-    means = _bootstrap_means(sums, sizes, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = -math.inf, math.inf
+    if len(sizes) > 1:  # of a single document every resample is that document, which would look certain
+        means = _bootstrap_means(sums, sizes, resamples, np.random.default_rng(seed))
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(
         estimate=float(values.mean()),
         low=float(low),

@@ -93,10 +93,15 @@ class Arm:
 
 
 def gpu_hours(record: RunRecord, account: Account) -> float | None:
-    """Device-hours of one run: its compute account, under ``with_parents`` with that of every parent; None: not known."""
+    """Device-hours of one run: its compute account, under ``with_parents`` with that of every parent; None: not known.
+
+    A run that started from weights has parents; where its record names none, they are not known.
+    """
     seconds: list[float | None] = [record.totals.gpu_seconds.get("compute")]
     if account == "with_parents":
         seconds += [parent.gpu_seconds for parent in record.parents]
+        if record.start.source is not None and not record.parents:
+            seconds.append(None)
     known = [each for each in seconds if each is not None and math.isfinite(each)]
     return sum(known) / 3600 if len(known) == len(seconds) else None
 
@@ -189,6 +194,7 @@ def _arm(records: Sequence[RunRecord]) -> Arm:
     roles = sorted({str(record.role) for record in records})
     if len(roles) > 1:
         problems.append(f"its runs have several roles: {', '.join(roles)}")
+    problems += [f"its seeds differ in {fact}" for fact, values in _settings(records).items() if len(values) > 1]
     return Arm(
         experiment=first.experiment,
         variant=first.variant,
@@ -198,6 +204,20 @@ def _arm(records: Sequence[RunRecord]) -> Arm:
         records=tuple({record.seed: record for record in reversed(records)}[seed] for seed in _seeds(records)),
         problems=tuple(problems),
     )
+
+
+def _settings(records: Sequence[RunRecord]) -> dict[str, set[object]]:
+    """What the runs of an arm have alike, with the values that were found."""
+    return {
+        "the network": {(each.model.num_parameters, tuple(each.model.ttt_layers)) for each in records},
+        "the setting that they are judged by": {each.headline for each in records},
+        "the number of devices": {each.environment.num_devices for each in records},
+        "their stages": {_plan(each) for each in records if each.status == "finished"},
+    }
+
+
+def _plan(record: RunRecord) -> tuple[object, ...]:
+    return tuple((stage.name, stage.mode, stage.context, tuple(stage.windows), stage.carry) for stage in record.stages)
 
 
 def _seeds(records: Iterable[RunRecord]) -> list[int]:

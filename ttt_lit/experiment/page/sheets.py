@@ -7,16 +7,21 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ttt_lit.experiment.comparison import reached_at_once, run_hours_to_target, target_loss
 from ttt_lit.experiment.gates import CandidateGates, Gate
 from ttt_lit.experiment.page.parts.runs import windows
 from ttt_lit.experiment.record import RunRecord, Stage
+from ttt_lit.experiment.study import ACCOUNTS as GPU_HOUR_ACCOUNTS
+from ttt_lit.experiment.study import read_study
 from ttt_lit.metrics import ACCOUNTS
 
 Value = str | float | int | None
 
 RUN_HEADER = (
     "run", "experiment", "role", "variant", "share", "seed", "family", "status", "reason", "headline", "source", "weights_sha256",
-    "num_parameters", "stage", "mode", "context", "windows", "steps", "planned_steps", "tokens", "planned_tokens", "bytes",
+    "num_parameters", "target_loss", "gpu_hours_to_target", "gpu_hours_to_target_with_parents",
+    "gpu_hours_to_target_is_upper_bound",
+    "stage", "mode", "context", "windows", "steps", "planned_steps", "tokens", "planned_tokens", "bytes",
     *(f"gpu_seconds_{account}" for account in ACCOUNTS), "planned_gpu_seconds", "transition_before", "transition_after",
     "transition_held", "loss_inner_off", "loss_inner_on", "bits_per_byte_inner_off", "bits_per_byte_inner_on", "tokens_per_second",
     "seconds_per_1k_tokens", "peak_memory_gib",
@@ -30,7 +35,15 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 def runs_csv(records: Iterable[RunRecord]) -> str:
     """Seconds, tokens and losses (nats per token) unrounded; a run without stages has one row with empty stage columns."""
     ordered = sorted(records, key=lambda record: (record.model.family, record.name))
-    return _write(RUN_HEADER, (_run_row(r, stage) for r in ordered for stage in r.stages or _NO_STAGE))
+    targets = _targets(ordered)
+    rows = (_run_row(r, stage, targets.get(r.model.family)) for r in ordered for stage in r.stages or _NO_STAGE)
+    return _write(RUN_HEADER, rows)
+
+
+def _targets(records: Sequence[RunRecord]) -> dict[str, float | None]:
+    """Per family, the loss on the fixed subset that GPU-hours are counted to."""
+    families = read_study(records).families.items()
+    return {name: None if family.baseline is None else target_loss(family.baseline) for name, family in families}
 
 
 def gates_csv(judged: Mapping[str, Sequence[CandidateGates]]) -> str:
@@ -39,10 +52,12 @@ def gates_csv(judged: Mapping[str, Sequence[CandidateGates]]) -> str:
     return _write(GATE_HEADER, (_gate_row(*row) for row in gates))
 
 
-def _run_row(record: RunRecord, stage: Stage | None) -> Iterator[Value]:
+def _run_row(record: RunRecord, stage: Stage | None, target: float | None) -> Iterator[Value]:
+    """``target``: of the run's family; None: it has none."""
     yield from (record.name, record.experiment, record.role, record.variant, record.share, record.seed)
     yield from (record.model.family, record.status, record.reason, record.headline, record.start.source)
     yield from (record.start.weights_hash, record.model.num_parameters)
+    yield from _to_target(record, target)
     if stage is None:
         return
     spent, planned, proof, speed = stage.spent, stage.planned, stage.transition, stage.throughput
@@ -50,10 +65,19 @@ def _run_row(record: RunRecord, stage: Stage | None) -> Iterator[Value]:
     yield from (spent.tokens, planned.tokens, spent.bytes, *(spent.gpu_seconds.get(account) for account in ACCOUNTS))
     yield planned.gpu_seconds
     yield from (proof.before, proof.after, str(proof.held).lower()) if proof else (None, None, None)
-    final = {validation.inner: validation for validation in stage.validations}
-    yield from (final[inner].nats_per_token if inner in final else None for inner in ("off", "on"))
-    yield from (final[inner].bits_per_byte if inner in final else None for inner in ("off", "on"))
+    off_and_on = stage.validated("off"), stage.validated("on")
+    yield from (each.nats_per_token if each else None for each in off_and_on)
+    yield from (each.bits_per_byte if each else None for each in off_and_on)
     yield from (speed.tokens_per_second, speed.seconds_per_1k_tokens, speed.peak_memory_gib) if speed else ()
+
+
+def _to_target(record: RunRecord, target: float | None) -> Iterator[Value]:
+    """The target and the GPU-hours to it; no hours for a run that never got there, none at all for one that is not compared."""
+    if target is None or record.role in (None, "external"):
+        yield from (None,) * 4
+        return
+    alone, whole = (run_hours_to_target(record, target, account) for account in GPU_HOUR_ACCOUNTS)
+    yield from (target, alone, whole, None if alone is None else str(reached_at_once(record, target)).lower())
 
 
 def _gate_row(family: str, candidate: CandidateGates, gate: Gate) -> Iterator[Value]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ttt_lit.experiment.comparison import hours_to_target, target_loss
-from ttt_lit.experiment.formats import hours as hours_text
+from ttt_lit.experiment.comparison import target_loss
 from ttt_lit.experiment.page.figures.scales import amount
 from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, label, one_axes, styles
+from ttt_lit.experiment.page.target import hours_to_reach, target_arms
 from ttt_lit.experiment.study import Arm, FamilyStudy
 
 _ROW = 0.29
@@ -40,7 +40,7 @@ def target_figure(family: FamilyStudy) -> Figure | str:
     if target is None:
         return "the baseline has no evaluations on the fixed subset, so there is no target"
     looks = styles(family.arms)
-    arms = [arm for arm in family.arms if not arm.variant and any(record.evaluations for record in arm.records)]
+    arms = target_arms(family)
     if len(arms) < 2:
         return "only the baseline has evaluations on the fixed subset, so there is nothing to compare"
     rows = [_target_row(arm, target, looks[arm.name]) for arm in arms]
@@ -48,14 +48,10 @@ def target_figure(family: FamilyStudy) -> Figure | str:
 
 
 def _target_row(arm: Arm, target: float, look: ArmStyle) -> _Row:
-    alone, whole = (hours_to_target(arm, target, account) for account in ("marginal", "with_parents"))
+    found = hours_to_reach(arm, target)
+    alone, whole = found.alone, found.with_parents
     before = 0.0 if alone is None or whole is None else whole - alone
-    if alone is None:
-        text = "not reached"
-    elif whole is None:
-        text = f"{hours_text(alone)} / not known"
-    else:
-        text = f"{hours_text(alone)} / {hours_text(whole)}" if before else hours_text(alone)
+    text = " / ".join(dict.fromkeys(found.texts))  # once where both accounts are the same
     return _Row(name=label(arm.name), value=alone, before=before, text=text, look=look)
 
 

@@ -134,7 +134,7 @@ def _draw_point(axes: Axes, point: _Point, look: ArmStyle, differences: Mapping[
     )  # fmt: skip
     comparison = differences[point.arm.name]["ttt_scratch"]
     interval = comparison.interval if comparison else None
-    if interval is None:
+    if interval is None or not interval.bounded:
         return []
     low, high = (point.loss + end - interval.estimate for end in (interval.low, interval.high))
     axes.vlines(point.hours, low, high, color=look.colour, linewidth=1.4, zorder=3)

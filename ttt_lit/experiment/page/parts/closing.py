@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.formats import hours, loss
-from ttt_lit.experiment.gates import MAX_DELTA, MAX_SHARE, MIN_SAVING, flags
+from ttt_lit.experiment.gates import MAX_DELTA, MAX_LAST_RISE, MAX_SHARE, MIN_SAVING, flags
+from ttt_lit.experiment.heldout import final_bytes
 from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.record import RunRecord
@@ -47,23 +48,30 @@ def _missing(study: Study) -> Iterator[str]:
 
 
 def across(study: Study) -> list[Block]:
-    """Bits per byte of every arm: the only unit that two tokenizers share. Empty where there is one family."""
+    """Bits per byte of every arm: the only unit that two tokenizers share, with the bytes measured. Empty where there is one family."""
     if len(study.families) < 2:
         return []
     rows = tuple(
-        (arm.name, family.family, ROLE_NAMES.get(arm.role, "none"), loss(arm.bits_per_byte))
+        (
+            arm.name,
+            family.family,
+            ROLE_NAMES.get(arm.role, "none"),
+            loss(arm.bits_per_byte),
+            final_bytes(arm.records),
+        )
         for family in study.families.values()
         for arm in _main_arms(family)
     )
     return [
         Heading(level=2, text="Across families"),
         Paragraph(
-            text="Families have tokenizers of their own, so their nats per token cannot be compared; bits per byte of the same "
-            "text can, and only as orientation, because the models differ too."
+            text="Families have tokenizers of their own, so their nats per token cannot be compared. Bits per byte can, but only as "
+            "orientation: each family's held-out blocks are cut by its own tokenizer, so they do not hold the same text, not even the "
+            "same amount of it, and the models differ too."
         ),
         Grid(
             caption="Final long-context loss in bits per byte, token-matched arms",
-            header=("arm", "family", "role", "bits per byte"),
+            header=("arm", "family", "role", "bits per byte", "held-out bytes"),
             rows=rows,
         ),
     ]
@@ -131,12 +139,15 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
             text="Intervals. Differences are paired by held-out block and by seed: every block was read by both models, and only the "
             "difference is averaged; below zero the first named is better. The 95% interval comes from resampling documents, with all "
             "blocks cut from them, and seeds where there are several; with one seed it says nothing about what another seed would "
-            "give, and with two or three it is too narrow where seeds differ much. “Flagged” or † behind a difference: it may not be "
-            "used as evidence, for reasons that stand under Flags and problems."
+            "give, and with two or three it is too narrow where seeds differ much; a single document gives no interval. “Flagged” or † "
+            "behind a difference: it may not be used as evidence, for reasons that stand under Flags and problems."
         ),
         Paragraph(
-            text=f"Insufficient evidence. A gate passes or fails only if the whole interval lies on one side of its limit "
-            f"(for the loss {MAX_DELTA:g} nats per token); everything else, missing runs included, is “insufficient”. That is no "
+            text="Insufficient evidence. Where a gate judges a difference, it passes or fails only if the whole interval lies on one side "
+            f"of its limit (for the loss {MAX_DELTA:g} nats per token). The one exception is stable convergence, which asks whether the "
+            "training loss rises over the last third of stage C: after convergence it is flat, and the interval of its change lies on "
+            "both sides of 0. So this gate fails if that whole interval is above 0, and otherwise passes if it is nowhere above "
+            f"{MAX_LAST_RISE:g}; a smaller rise may hide in it. Everything else, missing runs included, is “insufficient”. That is no "
             "failure of the method and no success."
         ),
         Heading(level=2, text="Environment"),

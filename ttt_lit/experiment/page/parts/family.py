@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ttt_lit.experiment.comparison import Differences, compare, target_loss
 from ttt_lit.experiment.formats import billions, count, hours, loss
 from ttt_lit.experiment.heldout import final_words, subset_loss, subset_words
+from ttt_lit.experiment.measured import ACCOUNT_WORDS, shared_cores
 from ttt_lit.experiment.page.blocks import Block, Cell, Gallery, Grid, Heading, Paragraph, Picture
 from ttt_lit.experiment.page.differences import NOT_USABLE, difference_lines, difference_text
 from ttt_lit.experiment.page.figures.bars import speed_figure, target_figure
@@ -16,6 +17,7 @@ from ttt_lit.experiment.page.figures.positions import position_differences_figur
 from ttt_lit.experiment.page.figures.series import Against, series_figure
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.page.figures.timeline import timeline_figure
+from ttt_lit.experiment.page.target import UPPER_BOUND, hours_to_reach, target_arms
 from ttt_lit.experiment.study import ACCOUNTS, Arm, FamilyStudy
 from ttt_lit.experiment.unfinished import marked
 
@@ -92,6 +94,7 @@ def figures(family: FamilyStudy, differences: Mapping[str, Differences]) -> list
         Gallery(pictures=tuple(_positions(family))),
         Heading(level=3, text=f"{name}: where the time went"),
         Gallery(pictures=tuple(_time(family))),
+        *_target_table(family),
     ]
 
 
@@ -132,11 +135,9 @@ def _trend(family: FamilyStudy) -> str:
 
 
 def _shared_cores(family: FamilyStudy) -> str:
-    """Of figures of time: what else is in them where runs are processes on a CPU."""
-    devices = [record.environment.device for arm in family.arms for record in arm.records]
-    if not any(device.endswith("cpu") for device in devices):
-        return ""
-    return " Processes on CPU cores: other work on the machine is in these figures."
+    """Of figures of time, as a sentence."""
+    words = shared_cores(record for arm in family.arms for record in arm.records)
+    return f" {words[0].upper()}{words[1:]}." if words else ""
 
 
 def _series(family: FamilyStudy) -> list[Picture]:
@@ -179,14 +180,28 @@ def _positions(family: FamilyStudy) -> list[Picture]:
     ]
 
 
-def _time(family: FamilyStudy) -> list[Picture]:
+def _target_table(family: FamilyStudy) -> list[Block]:
+    """The numbers of the figure."""
+    arms, target = target_arms(family), None if family.baseline is None else target_loss(family.baseline)
+    if target is None or not arms:
+        return []
+    rows = tuple((marked(arm.name, arm.records), *hours_to_reach(arm, target).texts) for arm in arms)
+    caption = f"GPU-hours to {_reached(family)}"
+    if any(cell.startswith(UPPER_BOUND) for row in rows for cell in row[1:]):
+        caption += f". {UPPER_BOUND}: at the target at the first evaluation, so it was reached there or before"
+    return [Grid(caption=caption, header=("arm", *ACCOUNT_WORDS.values()), rows=rows)]
+
+
+def _reached(family: FamilyStudy) -> str:
     target = None if family.baseline is None else target_loss(family.baseline)
+    if family.baseline is None or target is None:
+        return "a target loss"
+    records = family.baseline.records
+    return f"{subset_loss(target, records)} nats per token on {subset_words(records)}"
+
+
+def _time(family: FamilyStudy) -> list[Picture]:
     records = () if family.baseline is None else family.baseline.records
-    reached = (
-        "a target loss"
-        if target is None
-        else f"{subset_loss(target, records)} nats per token on {subset_words(records)}"
-    )
     shared = _shared_cores(family)
     return [
         Picture(
@@ -200,13 +215,13 @@ def _time(family: FamilyStudy) -> list[Picture]:
         ),
         Picture(
             stem=stem(family, "target"),
-            title=f"GPU-hours to {reached}",
+            title=f"GPU-hours to {_reached(family)}",
             caption=f"The target is what the baseline had reached at its last evaluation, on the fixed subset of "
             f"{subset_words(records)} and "
             f"not on the {final_words(records)} of the final loss. Coloured: the run alone; hatched in front: its parent runs, so that a "
             "whole bar is the account with parents (numbers: alone / with parents). "
-            "Between evaluations losses are interpolated, and an arm that was below the target "
-            f"at its first evaluation is drawn there.{shared}",
+            f"Between evaluations losses are interpolated. {UPPER_BOUND}: the arm was at the target at its first evaluation, where the bar "
+            f"ends; it got there then or before.{shared}",
             alt=f"Bars of GPU-hours until the target loss for the arms of {family.family}.",
             figure=target_figure(family),
         ),

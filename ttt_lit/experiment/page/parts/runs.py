@@ -151,7 +151,11 @@ def differences(arm: Arm, compared: Differences) -> Iterator[str]:
     """Of the arm, over its seeds."""
     for words, role in REFERENCES.items():
         comparison = compared[role]
-        seeds = (
-            f" ({comparison.interval.seeds} of {len(arm.seeds)} seeds)" if comparison and comparison.interval else ""
-        )
-        yield f"Δ {words}: {difference_text(comparison)}{seeds}"
+        over = "" if comparison is None or comparison.interval is None else _seeds(comparison.interval.seeds, arm)
+        yield f"Δ {words}: {difference_text(comparison)}{over}"
+
+
+def _seeds(paired: int, arm: Arm) -> str:
+    """How many of the arm's seeds have a partner."""
+    every = "1 seed" if len(arm.seeds) == 1 else f"{len(arm.seeds)} seeds"
+    return f" ({every})" if paired == len(arm.seeds) else f" ({paired} of {every})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.formats import loss
 from ttt_lit.experiment.gates import CandidateGates
-from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, Budget, budgets, measured
+from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, Budget, budgets, measured, shared_cores
 from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Mark, Paragraph, State, Verdict
 from ttt_lit.experiment.page.differences import difference_lines
 from ttt_lit.experiment.recommendation import Verdict as Advice
@@ -44,8 +44,10 @@ def _budgets(family: FamilyStudy, found: Sequence[Budget]) -> Grid | None:
         return None
     baseline = "no baseline" if family.baseline is None else f"baseline {loss(family.baseline.loss)}"
     unproved = "" if all(each.proved for each in found) else f"; {NOT_PROVED}"
+    shared = shared_cores(record for each in found for record in each.records)
     return Grid(
-        caption=f"Budgets that are a share of the baseline's GPU-hours{unproved} (nats per token, {baseline})",
+        caption=f"Budgets that are a share of the baseline's GPU-hours{unproved} (nats per token, {baseline})"
+        + (f"; {shared}" if shared else ""),
         header=("run", "GPU-hours ÷ baseline's", "loss", "Δ baseline, 95% interval"),
         rows=tuple(_budget_row(each) for each in found),
         wide=True,
