@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.train.divergence import Diverged, DivergenceDetector
+from ttt_lit.train.divergence import DivergenceDetector, stop
 from ttt_lit.train.module import TTTModule
-from ttt_lit.train.resume import checkpoints_folder
 
 
 class DivergenceGuard(L.Callback):
     """Watches the loss and gradient norm of every optimiser step, and that the inner loop of a TTT stage moves its weights.
+
+    Held-out losses are judged by the callbacks that measure them, before anything else is made of them.
 
     Args:
         window: losses in the running median.
@@ -43,20 +44,10 @@ class DivergenceGuard(L.Callback):
             reason = "an inner update is not finite"
         if reason is not None:
             step = module.ledger.spent(module.plan.name).optimizer_steps
-            raise Diverged(
-                f"stage {module.plan.name}, step {step}: {reason}; the last good checkpoint is {_last_good(trainer, module)}. "
-                "Lower inner.lr or the stage's lr and start a new run"
-            )
+            stop(trainer, module, f"stage {module.plan.name}, step {step}: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         return self.detector.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.detector.load_state_dict(state)
-
-
-def _last_good(trainer: L.Trainer, module: TTTModule) -> str:
-    """The checkpoint of the last finished stage, else the run's start. A resume file may hold weights that were on their way out."""
-    if module.entered == 0:
-        return module.start_config.init_from
-    return str(checkpoints_folder(trainer.default_root_dir) / module.plans[module.entered - 1].name)

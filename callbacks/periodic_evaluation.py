@@ -8,6 +8,8 @@ import lightning as L
 import torch
 
 from ttt_lit import metrics
+from ttt_lit.metrics import Inner
+from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.module import TTTModule
 
 
@@ -31,10 +33,12 @@ class PeriodicEvaluation(L.Callback):
             return
         self.done[name] = due
         with module.ledger.account("validation"):
-            self._measure(trainer, module)
+            losses = self._measure(trainer, module)
+        what = f"evaluation loss of stage {name} after {module.ledger.total().tokens} tokens"
+        stop_unless_finite(trainer, module, what, context=module.size.long, losses=losses)
 
     @torch.no_grad()
-    def _measure(self, trainer: L.Trainer, module: TTTModule) -> None:
+    def _measure(self, trainer: L.Trainer, module: TTTModule) -> dict[Inner, float]:
         evaluation = module.new_evaluation().to(module.device)
         request = module.validation_request(module.validation.subset)
         for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
@@ -57,6 +61,7 @@ class PeriodicEvaluation(L.Callback):
                 trainer.logger.log_metrics({metrics.on_tokens_axis(name): loss}, step=total.tokens)
                 step = metrics.gpu_hours_step(total.seconds["compute"])
                 trainer.logger.log_metrics({metrics.on_gpu_hours_axis(name): loss}, step=step)
+        return losses
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done}

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from ttt_lit import metrics
 from ttt_lit.experiment.figures import Curve, save_position_figure
 from ttt_lit.metrics import Inner
+from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.evaluation import validation_entry
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.position import PositionResult, bucket_means, position_buckets
@@ -30,8 +31,12 @@ class PositionLossLogger(L.Callback):
             validation_entry(inner, result) | {"curve": f"curves/{module.plan.name}_{inner}.npy"}
             for inner, result in results.items()
         ]
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._show(trainer, module, results)
+        what, losses = f"validation loss of stage {module.plan.name}", {i: r.nats_per_token for i, r in results.items()}
+        stop_unless_finite(trainer, module, what, context=module.size.long, losses=losses)
+
+    def _show(self, trainer: L.Trainer, module: TTTModule, results: dict[Inner, PositionResult]) -> None:
         folder = Path(trainer.default_root_dir) / "curves"
         folder.mkdir(parents=True, exist_ok=True)
         for inner, result in results.items():

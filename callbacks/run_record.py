@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ttt_lit.experiment import record as schema
+from ttt_lit.experiment.strict_json import NotFinite
 from ttt_lit.ops.attention import kernels_that_ran
 from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
@@ -34,9 +36,12 @@ class RunRecorder(L.Callback):
         self.flops: dict[str, float] = {}
         """Stage name → analytic training FLOPs per token."""
 
-    def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
+        # It reads the whole held-out split. A run that is continued starts its clock before any callback's on_train_start.
         if trainer.is_global_zero:
             self.unigram_entropy = module.datamodule.unigram_entropy("long")
+
+    def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         self._write(trainer, module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: TTTModule, *_: Any) -> None:  # type: ignore[override]
@@ -59,15 +64,17 @@ class RunRecorder(L.Callback):
     def on_exception(self, trainer: L.Trainer, module: TTTModule, exception: BaseException) -> None:  # type: ignore[override]
         if not hasattr(module, "ledger") or module._model is None:
             return  # nothing has run, so there is nothing to record
-        module.ledger.stop()
-        reason = " ".join(str(exception).split()) or type(exception).__name__
-        if isinstance(exception, Diverged):
-            status: schema.Status = "diverged"
-        elif isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
-            status, reason = "interrupted", f"stopped by {type(exception).__name__}"
-        else:
-            status = "failed"
-        self._write(trainer, module, status=status, reason=reason)
+        status, reason = _ending(exception)
+        try:
+            module.ledger.stop()
+            try:
+                self._write(trainer, module, status=status, reason=reason)
+            except NotFinite as number:  # measured, but the run stopped for another reason before it was judged
+                status, reason = "diverged", f"{number.where} is {number.value}; {reason}"
+                self._write(trainer, module, status=status, reason=reason)
+        except Exception as failure:  # whatever it is: what ended the run must not be hidden by it
+            if trainer.is_global_zero:
+                _end_last_record(_path(trainer), status, reason, failure)
 
     def state_dict(self) -> dict[str, Any]:
         return {"started": self.started, "flops": self.flops}
@@ -117,7 +124,7 @@ class RunRecorder(L.Callback):
             unigram_entropy=self.unigram_entropy,
             parents=[schema.Parent(**parent) for parent in parents(start.origin.lineage)],
         )
-        record.write(Path(trainer.default_root_dir) / schema.RECORD_NAME)
+        record.write(_path(trainer))
 
     def _stage(self, module: TTTModule, plan: StagePlan) -> schema.Stage:
         seen, spent = module.history.stages.get(plan.name), module.ledger.spent(plan.name)
@@ -166,6 +173,32 @@ class RunRecorder(L.Callback):
                 peak_memory_gib=seen.peak_gib or None,
             )
         return stage
+
+
+def _path(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / schema.RECORD_NAME
+
+
+def _ending(exception: BaseException) -> tuple[schema.Status, str]:
+    """Status and reason of a run that this ended."""
+    if isinstance(exception, NotFinite):  # a resume file may bring a number that was never judged
+        return "diverged", f"{exception.where} is {exception.value}"
+    if isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+        return "interrupted", f"stopped by {type(exception).__name__}"
+    reason = " ".join(str(exception).split()) or type(exception).__name__
+    return ("diverged" if isinstance(exception, Diverged) else "failed"), reason
+
+
+def _end_last_record(path: Path, status: schema.Status, reason: str, failure: Exception) -> None:
+    """Let the record on disk at least say how the run ended, where a whole one cannot be made. Never an error itself."""
+    lost = f"the record could not be completed ({' '.join(f'{type(failure).__name__}: {failure}'.split())})"
+    try:
+        record = schema.RunRecord.read(path)
+        record.status, record.reason, record.ended = status, f"{reason}; {lost}", _now()
+        record.write(path)
+    except Exception as again:
+        lost = f"{lost}, nor ended ({' '.join(str(again).split())})"
+    print(f"{path}: {lost}", file=sys.stderr, flush=True)
 
 
 def _spelt(config: Any) -> Any:

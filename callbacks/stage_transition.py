@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ttt_lit.model.spec import Mode, ModelSpec
+from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.optim import zero_state
 from ttt_lit.train.transition import TransitionProof, prove_transition
@@ -36,6 +37,9 @@ class StageTransition(L.Callback):
         with module.ledger.account("validation"):
             proof = self._prove(module, index)
         module.history.stage(plan.name).transition = proof.to_dict()
+        for when, loss in (("before", proof.before), ("after", proof.after)):
+            what = f"loss of a fixed batch {when} the transition into stage {plan.name}"
+            stop_unless_finite(trainer, module, what, context=plan.context, losses={"off": loss})
         kind = "unchanged" if proof.preserves else "not function-preserving"
         text = f"stage {plan.name}: loss on a fixed batch {proof.before:.6f} before, {proof.after:.6f} after ({kind}, {proof.jump:+.2e})"
         if not proof.holds:

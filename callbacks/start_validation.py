@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from ttt_lit.model.spec import Mode
+from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.evaluation import validation_entry
 from ttt_lit.train.module import TTTModule
 
@@ -19,7 +20,9 @@ class StartValidation(L.Callback):
         if module.entered >= 0 or module.start.origin.checkpoint is None:
             return
         with module.ledger.account("validation"):
-            module.history.start_validation = self._measure(trainer, module)
+            entry = module.history.start_validation = self._measure(trainer, module)
+        losses = {entry["inner"]: entry["nats_per_token"]}
+        stop_unless_finite(trainer, module, "start validation loss", context=entry["context"], losses=losses)
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: TTTModule) -> dict[str, Any]:

@@ -37,8 +37,10 @@ MAY_IMPORT = {
     ),
     "ttt_lit.experiment.record": ("ttt_lit.experiment.strict_json",),
     "ttt_lit.experiment.strict_json": (),
-    "ttt_lit.experiment.matrix": ("ttt_lit.experiment.matrix_file",),
-    "ttt_lit.experiment.matrix_file": (),
+    "ttt_lit.experiment.strict_yaml": (),
+    "ttt_lit.experiment.matrix_settings": ("ttt_lit.experiment.strict_yaml",),
+    "ttt_lit.experiment.matrix_file": ("ttt_lit.experiment.matrix_settings", "ttt_lit.experiment.strict_yaml"),
+    "ttt_lit.experiment.matrix": ("ttt_lit.experiment.matrix_file", "ttt_lit.experiment.matrix_settings"),
     # A launcher starts at once: it reads files, and leaves training to the processes that it starts.
     "ttt_lit.experiment.launch": (
         "ttt_lit.train.lock",

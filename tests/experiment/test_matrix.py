@@ -1,4 +1,4 @@
-"""A matrix file becomes runs: every combination once, ids that stay, parents that exist, and mistakes that are named."""
+"""A matrix becomes runs: every combination once, ids that stay, parents that exist."""
 
 import dataclasses
 import itertools
@@ -88,6 +88,24 @@ def test_values_are_written_as_the_command_line_reads_them(value, text):
     assert argument(value) == text
 
 
+@pytest.mark.parametrize(
+    "group, label",
+    [
+        ({"model.inner.lr": 1.0}, {"model.inner": {"lr": 2.0}}),
+        ({"model.inner": {"lr": 1.0, "clip": 3.0}}, {"model.inner.lr": 2.0}),
+        ({"model.inner": {"lr": 1.0}, "model.ttt": None}, {"model.inner": {"lr": 2.0}}),
+    ],
+)
+def test_a_labels_setting_wins_over_the_entrys(configs, group, label):
+    """``fit`` reads arguments in their order, so the label's come last, whether they name a setting or its group."""
+    entry = {"arms": ["q_a"], "set": group, "axes": {"lr": {"1": {}, "2": label}}}
+    default, moved = expand(matrix(entry), configs=configs)
+    names = [name.removeprefix("--") for name in moved.arguments[::2]]
+    assert max(map(names.index, label)) > max([names.index(name) for name in group if name not in label], default=0)
+    assert len(names) == len(set(names) | {"config"})
+    assert (default.variant, moved.variant) == ("", "lr=2")
+
+
 def test_a_wall_clock_matched_run_waits_for_the_baseline_of_its_seed(configs):
     matched = {"arms": ["q_a"], "seeds": [0, 1], "gpu_hours": {"of": "q_base", "shares": [0.35, 1]}}
     runs = {run.name: run for run in expand(matrix({"arms": ["q_base"], "seeds": [0, 1]}, matched), configs=configs)}
@@ -127,88 +145,12 @@ def test_runs_that_wait_for_each_other_are_an_error(configs):
         expand(matrix({"arms": ["q_a"], "set": start_from("q_a/m")}), configs=configs)
 
 
-def test_what_trains_the_same_appears_once(configs):
-    """Whether two entries say it, an axis points at what another axis or an overlay says, or a file does."""
-    small = str(configs / "small.yaml")
-    assert ids(configs, {"arms": ["q_a", "q_b"]}, {"arms": ["q_a"], "seeds": [0, 1]}) == ["q_a/m", "q_b/m", "q_a/m-s1"]
-    same = {"one": {}, "same": {"model.inner.lr": 1.0}}
-    assert ids(configs, {"arms": ["q_a"], "axes": {"lr": same}}) == ["q_a/m"]
-    assert ids(configs, {"arms": ["q_a"], "overlays": [small]}, {"arms": ["q_a"], "overlays": [small, small]}) == [
-        "q_a/m"
-    ]
-
-
-def test_one_id_with_two_meanings_is_an_error(configs):
-    entries = {"arms": ["q_a"]}, {"arms": ["q_a"], "set": {"model.inner.lr": 0.5}}
-    with pytest.raises(ValueError, match="two different settings have the id q_a/m"):
-        ids(configs, *entries)
-
-
 def test_an_arm_is_called_as_its_file_says(configs):
     (configs / "q_odd.yaml").write_text("run: {experiment: q_a}\n")
     with pytest.raises(ValueError, match=r"q_odd.yaml: run.experiment is q_a, expected the arm's name q_odd"):
         ids(configs, {"arms": ["q_odd"]})
     with pytest.raises(FileNotFoundError, match=r"q_none.yaml: no such file"):
         ids(configs, {"arms": ["q_none"]})
-
-
-@pytest.mark.parametrize(
-    "entry, message",
-    [
-        ({"arms": ["q_a"], "sedes": [1]}, r"m.yaml: runs\[0\]: got unknown key sedes"),
-        ({}, r"runs\[0\]: arms is missing"),
-        ({"arms": []}, r"runs\[0\].arms: got \[\]"),
-        ({"arms": ["q_a", "q_a"]}, "no item twice"),
-        ({"arms": ["q/a"]}, r"runs\[0\].arms: got 'q/a'"),
-        ({"arms": ["q_a"], "vary": "all"}, "expected one or product"),
-        ({"arms": ["q_a"], "seeds": [-1]}, "whole numbers"),
-        ({"arms": ["q_a"], "seeds": [True]}, "whole numbers"),
-        ({"arms": ["q_a"], "set": {"lr": 1}}, "dotted names"),
-        ({"arms": ["q_a"], "set": {"data.seed": 1}}, "data.seed comes from seeds"),
-        ({"arms": ["q_a"], "set": {"run.id": "x"}}, "run.id is the launcher's"),
-        ({"arms": ["q_a"], "axes": {"lr": {"1": {}}}}, "at least two labels"),
-        ({"arms": ["q_a"], "axes": {"lr": {False: {}, "on": {}}}}, "quote it"),
-        ({"arms": ["q_a"], "axes": {"lr": {"a b": {}, "c": {}}}}, "part of a folder's name"),
-        ({"arms": ["q_a"], "axes": {"a": LR, "b": LR}}, "a sets model.inner.lr and b sets model.inner.lr"),
-        ({"arms": ["q_a"], "axes": {"a": LR, "b": {"x": {}, "y": {"model.inner": None}}}}, "overwrite each other"),
-        ({"arms": ["q_a"], "gpu_hours": {"of": "q_b"}}, "shares is missing"),
-        ({"arms": ["q_a"], "gpu_hours": {"of": "q_b", "shares": [0]}}, "positive numbers"),
-        (
-            {"arms": ["q_a"], "gpu_hours": {"of": "q_b", "shares": [1]}, "set": {"model.budget.tokens": 1}},
-            "gpu_hours decides the budget; remove model.budget.tokens",
-        ),
-    ],
-)
-def test_a_mistake_names_file_and_key(entry, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        matrix(entry)
-    assert str(caught.value).startswith("m.yaml: ")
-
-
-@pytest.mark.parametrize(
-    "slurm, message",
-    [
-        ({"gpus": 8}, "m.yaml: slurm: got unknown key gpus"),
-        ({"nodes": 0}, "slurm.nodes"),
-        ({"partition": 3}, "partition"),
-    ],
-)
-def test_the_cluster_section_is_checked(slurm, message):
-    with pytest.raises(ValueError, match=message):
-        matrix({"arms": ["q_a"]}, slurm=slurm)
-
-
-def test_a_key_that_appears_twice_is_an_error(tmp_path):
-    path = tmp_path / "m.yaml"
-    path.write_text("name: m\nruns:\n  - arms: [q_a]\n    arms: [q_b]\n")
-    with pytest.raises(ValueError, match=r"m.yaml: line 4: the key arms appears twice \(first in line 3\)") as caught:
-        read_matrix(path)
-    assert "not YAML" not in str(caught.value)
-    path.write_text("name: m\nruns: [\n")
-    with pytest.raises(ValueError, match=r"m.yaml: not YAML: "):
-        read_matrix(path)
-    with pytest.raises(FileNotFoundError, match="no such matrix file"):
-        read_matrix(tmp_path / "none.yaml")
 
 
 VALUES = st.integers(1, 9)

@@ -12,6 +12,7 @@ import pytest
 
 from ttt_lit.experiment import record as record_module
 from ttt_lit.experiment.record import Model, RunRecord
+from ttt_lit.experiment.strict_json import NotFinite
 from ttt_lit.model import spec
 from ttt_lit.train import run_config
 
@@ -58,6 +59,19 @@ def test_nan_is_null_and_only_in_a_diverged_run(tmp_path, make_record):
     data = diverged.to_dict() | {"status": "finished", "reason": None}
     with pytest.raises(ValueError, match=r"record\.stages\[1\]\.transition\.after: got None, expected a number"):
         RunRecord.from_dict(data)
+
+
+def test_a_number_that_only_a_diverged_run_may_have_is_an_error_that_says_which(make_record):
+    record = make_record()
+    record.stages[1].validations[0].documents[0].deciles[3] = math.inf
+    with pytest.raises(NotFinite) as error:
+        record.to_dict()
+    assert (error.value.where, error.value.value) == (
+        "record.stages[1].validations[0].documents[0].deciles[3]",
+        math.inf,
+    )
+    record.status, record.reason = "diverged", "it is inf"
+    assert record.to_dict()["stages"][1]["validations"][0]["documents"][0]["deciles"][3] is None
 
 
 def _broken(record, change):

@@ -11,6 +11,7 @@ from fitting import Shapes, run
 from safetensors.torch import load_file
 
 from callbacks.stage_checkpoint import StageCheckpoint
+from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.train.run import assemble, fit
 
@@ -42,15 +43,29 @@ def run_until(world, runs, steps):
         signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from there on
 
 
+def note_the_stage(monkeypatch, kind, method):
+    """Which stage's clock ran at every call of the data module's method."""
+    seen, original = [], getattr(kind, method)
+
+    def noting(self, *arguments):
+        seen.append(self.trainer.lightning_module.ledger.stage)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(kind, method, noting)
+    return seen
+
+
 # 3 and 7: inside B1 and B2. 5: the first step of B2, resumed from the end of B1. 14: inside C, after a measurement of the subset.
 @pytest.mark.parametrize("steps", [3, 5, 7, 14])
-def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(bridge, world, tmp_path, steps):
+def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(bridge, world, tmp_path, steps, monkeypatch):
     whole, _, expected = bridge
     run_until(world, tmp_path, steps)
+    on_the_clock = note_the_stage(monkeypatch, TokenDataModule, "unigram_entropy")
     folder = tmp_path / "tiny" / "default"
     assert RunRecord.read(folder).status == "interrupted"
     assert json.loads((folder / "checkpoints" / "last.json").read_text())["path"] == f"resume-{steps - 1}.ckpt"
     assert fit(tiny.arguments(world, tmp_path)) == 0
+    assert on_the_clock == [None]  # reading the whole held-out split is no training
     final = load_file(folder / "checkpoints" / "C" / "model.safetensors")
     for name, parameter in whole.module.model.decoder.named_parameters():
         assert torch.equal(final[name], parameter.detach()), name

@@ -3,10 +3,11 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from ttt_lit.train.divergence import DivergenceDetector
+from ttt_lit.train.divergence import Diverged, DivergenceDetector, non_finite_loss, stop_unless_finite
 
 
 def feed(detector, losses):
@@ -76,3 +77,38 @@ def test_state_survives_json_and_decides_alike():
 def test_senseless_limits_are_refused(arguments):
     with pytest.raises(ValueError, match="DivergenceDetector: got"):
         DivergenceDetector(**arguments)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_held_out_loss_that_is_no_number_is_named_with_what_it_was_measured_on(bad):
+    what = "validation loss of stage B2"
+    said = non_finite_loss(what, context=1024, losses={"off": 3.0, "on": bad})
+    assert said == f"validation loss of stage B2 at context 1024 with inner updates on is {bad}"
+    both = non_finite_loss(what, context=1024, losses={"off": bad, "on": bad})
+    assert both.endswith(f"with inner updates off is {bad} and with inner updates on is {bad}")
+
+
+def test_held_out_losses_that_are_numbers_stop_nothing_however_high():
+    assert non_finite_loss("loss", context=8, losses={"off": 1e30, "on": 0.0}) is None
+    assert non_finite_loss("loss", context=8, losses={}) is None
+
+
+@pytest.mark.parametrize(
+    "entered, said",
+    [
+        (-1, "nothing has been trained, because the weights to start from are broken (imported)"),
+        (0, "the last good checkpoint is imported."),
+        (1, "checkpoints/B1."),
+        (2, "checkpoints/B2."),
+    ],
+)
+def test_who_stops_says_from_where_to_go_on(tmp_path, entered, said):
+    """The stage that diverged has no good checkpoint, the one before it has; before the first one there is only the start."""
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path))
+    plans = [SimpleNamespace(name=name) for name in ("B1", "B2", "C")]
+    module = SimpleNamespace(entered=entered, plans=plans, start_config=SimpleNamespace(init_from="imported"))
+    stop_unless_finite(trainer, module, "loss", context=8, losses={"off": 3.0})
+    with pytest.raises(Diverged, match=r"^loss at context 8 with inner updates off is nan; ") as error:
+        stop_unless_finite(trainer, module, "loss", context=8, losses={"off": math.nan})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

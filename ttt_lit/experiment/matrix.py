@@ -1,6 +1,6 @@
 """From a matrix file to runs: every combination once, with a stable id, the arguments of ``fit`` and what must be finished before.
 
-YAML and the standard library only.
+The standard library only: a launcher starts at once.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ttt_lit.experiment.matrix_file import SEEDS, Entry, Matrix, Settings
+from ttt_lit.experiment.matrix_file import SEEDS, Entry, Matrix
+from ttt_lit.experiment.matrix_settings import Read, Settings, difference, read_settings, resolve, trained
 
 _SEPARATOR = "/"
+_MATCH = "gpu_hours"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,35 +76,50 @@ def expand(matrix: Matrix, *, configs: str | Path = "configs", root: str | None 
 
     Raises:
         FileNotFoundError: an arm's or an overlay's file does not exist.
-        ValueError: one id with two meanings, a missing baseline, a cycle, or an arm whose ``run.experiment`` is not its name.
+        ValueError: one id with two meanings, a missing baseline, a cycle, a start from a run that is not trained, or an arm whose
+            ``run.experiment`` is not its name.
     """
     runs: dict[str, PlannedRun] = {}
-    meanings: dict[str, str] = {}  # id → what it trains
-    read = functools.cache(_flat_file)
+    meanings: dict[str, tuple[str, Settings, PlannedRun]] = {}  # name → what it trains
+    first: dict[str, str] = {}  # what is trained, as text → the run that trains it
+    stands_for: dict[str, str] = {}  # every name that the file gives → the run that trains it
+    read = functools.cache(read_settings)
     for index, entry in enumerate(matrix.runs):
         for run, meaning in _runs_of(entry, f"runs[{index}]", matrix.name, str(configs), root, read):
-            if meanings.get(run.name, meaning) != meaning:
-                raise ValueError(
-                    f"matrix {matrix.name}: two different settings have the id {run.name}; make them labels of an axis"
-                )
-            if meaning not in meanings.values():
-                runs[run.name] = run
-            meanings[run.name] = meaning
-    linked = [_linked(run, runs) for run in runs.values()]
+            text = json.dumps(meaning, sort_keys=True)
+            stands_for[run.name] = first.setdefault(text, run.name)
+            known, settings, before = meanings.setdefault(run.name, (text, meaning, run))
+            if known != text:
+                raise ValueError(_two_meanings(matrix.name, before, run, difference(settings, meaning)))
+            if stands_for[run.name] == run.name:
+                runs.setdefault(run.name, run)
+    linked = [_linked(run, runs, stands_for) for run in runs.values()]
     _refuse_cycles(matrix.name, linked)
     return linked
 
 
+def _two_meanings(matrix: str, one: PlannedRun, other: PlannedRun, found: tuple[str, str, str]) -> str:
+    name, value, another = found
+    if one.entry == other.entry:
+        cure = "rename an axis or a label"
+    elif name == _MATCH:
+        cure = "name one baseline, and write shares that differ in their first six digits"
+    else:
+        cure = "make them labels of an axis, or give one of them to a matrix with another name"
+    places = f"{value} in {one.entry} and {another} in {other.entry}"
+    return f"matrix {matrix}: two different settings have the id {one.name}: {name} is {places}; {cure}"
+
+
 def _runs_of(
-    entry: Entry, place: str, name: str, configs: str, root: str | None, read: _Read
-) -> Iterator[tuple[PlannedRun, str]]:
-    """The runs of one entry, each with a text that is equal for what trains the same."""
+    entry: Entry, place: str, name: str, configs: str, root: str | None, read: Read
+) -> Iterator[tuple[PlannedRun, Settings]]:
+    """The runs of one entry, each with settings that are equal for what trains the same."""
     shares = [None] if entry.gpu_hours is None else list(entry.gpu_hours.shares)
     for arm, point, share, seed in itertools.product(entry.arms, _points(entry), shares, entry.seeds):
         moved = {axis: label for axis, label in point.items() if label != next(iter(entry.axes[axis]))}
         settings = _settings(entry, point, seed) | ({} if root is None else {"run.root": root})
         files = (f"{configs}/{arm}.yaml", *entry.overlays)
-        resolved = _resolve((f"{configs}/base.yaml", *files), settings, read)
+        resolved = resolve((f"{configs}/base.yaml", *files), settings, read)
         if resolved.get("run.experiment") != arm:
             raise ValueError(
                 f"{files[0]}: run.experiment is {resolved.get('run.experiment')}, expected the arm's name {arm}"
@@ -127,16 +142,14 @@ def _runs_of(
             variant=variant,
             entry=place,
         )
-        described = {key: value for key, value in resolved.items() if key != "run.id"}
-        yield run, json.dumps([described, None if match is None else [match.of, match.share]], sort_keys=True)
+        yield run, trained(resolved) | ({} if match is None else {_MATCH: [match.of, match.share]})
 
 
 def _settings(entry: Entry, point: Mapping[str, str], seed: int) -> Settings:
     """The entry's settings, those of its axes' labels over them, and the seeds."""
-    settings = dict(entry.set)
-    for axis, label in point.items():
-        settings |= entry.axes[axis][label]
-    return settings | dict.fromkeys(SEEDS, seed)
+    chosen = {key: value for axis, label in point.items() for key, value in entry.axes[axis][label].items()}
+    # In this order, so that no group in the entry's settings comes after a label's setting and takes its place.
+    return {key: value for key, value in entry.set.items() if key not in chosen} | chosen | dict.fromkeys(SEEDS, seed)
 
 
 def _points(entry: Entry) -> list[dict[str, str]]:
@@ -184,8 +197,14 @@ def _named_start(resolved: Mapping[str, Any]) -> tuple[str, ...]:
     return (_SEPARATOR.join(inside[:2]),) if len(inside) == 4 and inside[2] == "checkpoints" else ()
 
 
-def _linked(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> PlannedRun:
+def _linked(run: PlannedRun, runs: Mapping[str, PlannedRun], stands_for: Mapping[str, str]) -> PlannedRun:
     """The run with its parents inside the matrix. A start from a run outside is that run's own business."""
+    for name in run.after:
+        if stands_for.get(name, name) != name:
+            raise ValueError(
+                f"{run.name}: model.start.init_from names {name}, which trains the same as {stands_for[name]} and is not trained again; "
+                f"name {stands_for[name]}"
+            )
     after = [name for name in run.after if name in runs]
     match = run.gpu_hours
     if match is not None:
@@ -206,46 +225,3 @@ def _refuse_cycles(matrix: str, runs: Sequence[PlannedRun]) -> None:
         raise ValueError(
             f"matrix {matrix}: {', '.join(open_runs)} wait for each other; start one of them from elsewhere"
         )
-
-
-# Settings that files come to ----------------------------------------------------------------------------------------------------
-
-
-_Read = Callable[[str], dict[str, Any]]
-
-
-def _resolve(files: Sequence[str], settings: Settings, read: _Read) -> dict[str, Any]:
-    """Dotted name → value after all files and settings, later ones over earlier ones; lists are values."""
-    flat: dict[str, Any] = {}
-    for path in files:
-        _overlay(flat, read(path))
-    _overlay(flat, {leaf: value for key, given in settings.items() for leaf, value in _flatten(given, key)})
-    return flat
-
-
-def _overlay(flat: dict[str, Any], later: Mapping[str, Any]) -> None:
-    for key, value in later.items():
-        parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
-        for other in [one for one in flat if one.startswith(f"{key}.") or one in parents]:
-            del flat[other]  # a mapping took the place of a value, or a value that of a mapping
-        flat[key] = value
-
-
-def _flat_file(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; a matrix names arms (configs/ARM.yaml) and overlays by their path"
-        )
-    try:
-        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    return dict(_flatten(plain or {}, ""))
-
-
-def _flatten(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(item, f"{where}.{key}" if where else str(key))
-    elif where:
-        yield where, value

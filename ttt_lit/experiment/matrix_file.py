@@ -1,22 +1,21 @@
 """A matrix file: which arms are trained with which overlays, settings, seeds and ablations. ``docs/matrix.md`` describes it.
 
-Reading is strict: an unknown key, a wrong type or a name that cannot be part of a folder is an error that names file and key. YAML and
-the standard library only.
+Reading is strict: an unknown key, a wrong type or a name that cannot be part of a folder is an error that names file and key. The
+standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-Settings = dict[str, Any]
-"""Dotted name → value, as ``fit`` takes them."""
+from ttt_lit.experiment.matrix_settings import Settings, leaves, overlap
+from ttt_lit.experiment.strict_yaml import read_yaml, require_plain
 
 # They are parts of folder names and, joined by - and _, of run ids.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -24,6 +23,9 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 SEEDS = ("model.start.seed", "data.seed")
+
+# A job is warned 300 seconds before its end. It starts, saves at the next optimiser step, and has to get further than it was.
+_LEAST_MINUTES = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,7 @@ def read_matrix(path: str | Path) -> Matrix:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such matrix file; configs/matrix/ has some")
-    try:
-        plain = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
-    except _KeyTwice as error:
-        raise ValueError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    return parse_matrix(plain, str(path))
+    return parse_matrix(read_yaml(path), str(path))
 
 
 def parse_matrix(plain: Any, where: str) -> Matrix:
@@ -110,7 +106,7 @@ def _entry(plain: Any, where: str) -> Entry:
         _expect(type(seed) is int and seed >= 0, seed, f"{where}.seeds", "whole numbers of at least 0")
     entry = Entry(
         arms=tuple(_string(arm, f"{where}.arms", _NAME) for arm in _list(given["arms"], f"{where}.arms")),
-        overlays=tuple(_string(path, f"{where}.overlays") for path in given.get("overlays") or ()),
+        overlays=_overlays(given.get("overlays"), f"{where}.overlays"),
         set=_settings(given.get("set", {}), f"{where}.set"),
         seeds=tuple(seeds),
         axes=_axes(given.get("axes", {}), f"{where}.axes"),
@@ -122,6 +118,12 @@ def _entry(plain: Any, where: str) -> Entry:
     return entry
 
 
+def _overlays(plain: Any, where: str) -> tuple[str, ...]:
+    plain = [] if plain is None else plain
+    _expect(isinstance(plain, list), plain, where, "a list of files: [configs/size/demo.yaml]")
+    return tuple(_string(path, where) for path in plain)
+
+
 def _axes(plain: Any, where: str) -> dict[str, dict[str, Settings]]:
     _expect(isinstance(plain, Mapping), plain, where, "axis names with their labels")
     axes: dict[str, dict[str, Settings]] = {}
@@ -129,13 +131,10 @@ def _axes(plain: Any, where: str) -> dict[str, dict[str, Settings]]:
     for axis, labels in plain.items():
         name = _string(axis, where, _PART)
         _expect(isinstance(labels, Mapping) and len(labels) > 1, labels, f"{where}.{name}", "at least two labels")
-        axes[name] = {
-            _label(label, f"{where}.{name}"): _settings(settings, f"{where}.{name}.{label}")
-            for label, settings in labels.items()
-        }
+        axes[name] = _labels(labels, f"{where}.{name}")
         keys = {key for settings in axes[name].values() for key in settings}
         for key in keys:
-            clash = next((other for other in owner if _overlap(key, other)), None)
+            clash = next((other for other in owner if overlap(key, other)), None)
             if clash is not None:
                 raise ValueError(
                     f"{where}: {owner[clash]} sets {clash} and {name} sets {key}, so their points would overwrite each other; "
@@ -143,6 +142,18 @@ def _axes(plain: Any, where: str) -> dict[str, dict[str, Settings]]:
                 )
         owner |= dict.fromkeys(keys, name)
     return axes
+
+
+def _labels(plain: Mapping[Any, Any], where: str) -> dict[str, Settings]:
+    labels: dict[str, Settings] = {}
+    for given, settings in plain.items():
+        label = _label(given, where)
+        if label in labels:
+            raise ValueError(
+                f"{where}: the label {label} appears twice (a number and its text are one label); rename one"
+            )
+        labels[label] = _settings(settings, f"{where}.{label}")
+    return labels
 
 
 def _label(plain: Any, where: str) -> str:
@@ -154,12 +165,17 @@ def _label(plain: Any, where: str) -> str:
 def _settings(plain: Any, where: str) -> Settings:
     plain = {} if plain is None else plain
     _expect(isinstance(plain, Mapping), plain, where, "dotted settings, e.g. {model.inner.lr: 0.5}")
-    for key in plain:
+    for key, value in plain.items():
         _expect(isinstance(key, str) and bool(_DOTTED.fullmatch(key)), key, where, "dotted names of settings")
-        if key in SEEDS:
-            raise ValueError(f"{where}: {key} comes from seeds; remove it here")
+        require_plain(value, where, key)
+        seed = next((seed for name, _ in leaves(value, key) for seed in SEEDS if overlap(name, seed)), None)
+        if seed is not None:
+            raise ValueError(f"{where}: {key}: {seed} comes from seeds; remove it here")
         if key.startswith("run."):
             raise ValueError(f"{where}: {key} is the launcher's; remove it (a matrix has a name, and --root)")
+    for one, other in itertools.combinations(plain, 2):
+        if overlap(one, other):
+            raise ValueError(f"{where}: {one} and {other} set the same thing twice; write one mapping")
     return dict(plain)
 
 
@@ -167,15 +183,22 @@ def _time_match(plain: Any, where: str) -> TimeMatch:
     given = _mapping(plain, where, TimeMatch)
     _need(given, where, "of", "shares")
     shares = _list(given["shares"], f"{where}.shares")
+    named: dict[str, float] = {}  # as the run's id writes it → share
     for share in shares:
         number = type(share) in (int, float) and 0 < share < float("inf")
         _expect(number, share, f"{where}.shares", "positive numbers")
+        if f"{share:g}" in named:
+            raise ValueError(
+                f"{where}.shares: {named[f'{share:g}']} and {share} are both {share:g} in a run's id; remove one, or write shares that "
+                "differ in their first six digits"
+            )
+        named[f"{share:g}"] = share
     return TimeMatch(of=_string(given["of"], f"{where}.of", _NAME), shares=tuple(float(share) for share in shares))
 
 
 def _refuse_budget(entry: Entry, where: str) -> None:
     everything = [entry.set, *(settings for labels in entry.axes.values() for settings in labels.values())]
-    named = {key for settings in everything for key in settings if _overlap(key, "model.budget")}
+    named = {key for settings in everything for key in settings if overlap(key, "model.budget")}
     if named:
         raise ValueError(f"{where}: gpu_hours decides the budget; remove {', '.join(sorted(named))}")
 
@@ -185,14 +208,14 @@ def _slurm(plain: Any, where: str) -> SlurmSettings:
     for key, value in given.items():
         if key in ("partition", "account", "qos"):
             _expect(value is None or isinstance(value, str), value, f"{where}.{key}", "text")
+        elif key == "timeout_min":
+            reason = "a run is warned 300 seconds before its job's end, and has to start, to train and to save"
+            enough = type(value) is int and value >= _LEAST_MINUTES
+            _expect(enough, value, f"{where}.{key}", f"a whole number of minutes ≥ {_LEAST_MINUTES}: {reason}")
         else:
             least = 0 if key == "mem_gb" else 1
             _expect(type(value) is int and value >= least, value, f"{where}.{key}", f"a whole number ≥ {least}")
     return SlurmSettings(**given)
-
-
-def _overlap(one: str, other: str) -> bool:
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _mapping(plain: Any, where: str, kind: type) -> dict[str, Any]:
@@ -230,19 +253,3 @@ def _string(plain: Any, where: str, pattern: re.Pattern[str] | None = None) -> s
 def _expect(condition: Any, value: Any, where: str, expected: str) -> None:
     if not condition:
         raise ValueError(f"{where}: got {value!r:.80}, expected {expected}")
-
-
-class _KeyTwice(ValueError):
-    """YAML that another reader would take; the message names line and key."""
-
-
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys; here the first one would be a run that silently is none."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                first, again = (node.value[at][0].start_mark.line + 1 for at in (keys.index(key), place))
-                raise _KeyTwice(f"line {again}: the key {key} appears twice (first in line {first}); remove one")
-        return super().construct_mapping(node, deep)

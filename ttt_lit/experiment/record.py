@@ -246,6 +246,10 @@ class Stage:
     inner_update_norms: Norms | None = None
     throughput: Throughput | None = None
 
+    def validated(self, inner: Headline) -> Validation | None:
+        """The stage's validation in that setting, the first of several contexts; None where it was not measured."""
+        return next((validation for validation in self.validations if validation.inner == inner), None)
+
 
 @dataclass(kw_only=True)
 class EvaluationPoint:
@@ -307,9 +311,7 @@ class RunRecord:
 
     def final(self, inner: Headline | None = None) -> Validation | None:
         """The last stage's validation that speaks for the run (or that of ``inner``); None where it was not measured."""
-        wanted = inner or self.headline
-        last = self.stages[-1].validations if self.stages else []
-        return next((validation for validation in last if validation.inner == wanted), None)
+        return self.stages[-1].validated(inner or self.headline) if self.stages else None
 
     def trained_by(self) -> list[dict[str, Any]]:
         """This run and its parents, oldest first, as a checkpoint's lineage names who trained it. ValueError unless it has finished."""
@@ -326,7 +328,7 @@ class RunRecord:
         return [dataclasses.asdict(parent) for parent in (*self.parents, own)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON. ValueError naming the field if a number is not finite and the run did not diverge."""
+        """Plain data for JSON. NotFinite, a ValueError naming the field, if a number is not finite and the run did not diverge."""
         _check_status(self)
         plain: dict[str, Any] = encode(dataclasses.asdict(self), "record", self.status == "diverged")
         return plain

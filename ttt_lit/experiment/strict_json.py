@@ -14,6 +14,14 @@ import typing
 from typing import Any, Literal
 
 
+class NotFinite(ValueError):
+    """A number that JSON cannot hold, in a run that has not been found to diverge."""
+
+    def __init__(self, where: str, value: float) -> None:
+        super().__init__(f"{where}: got {value}, expected a finite number unless status is 'diverged'")
+        self.where, self.value = where, value
+
+
 def refuse_constant(name: str) -> None:
     """For ``json.loads``: NaN and Infinity are no JSON."""
     raise ValueError(f"got the number {name}, expected null")
@@ -24,7 +32,7 @@ def encode(value: Any, where: str, diverged: bool) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         if diverged:
             return None
-        raise ValueError(f"{where}: got {value}, expected a finite number unless status is 'diverged'")
+        raise NotFinite(where, value)
     if isinstance(value, dict):
         return {str(key): encode(item, f"{where}.{key}", diverged) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,8 @@
-"""When has a run diverged? Judged from one loss and one gradient norm per optimiser step; standard library only.
+"""When has a run diverged? Judged from one loss and one gradient norm per optimiser step, and from every held-out loss.
 
 Too high an inner learning rate diverges without any NaN, over a hundred steps. A running median would climb along with
 the loss and never notice, so the limit stands relative to the *lowest* running median of the stage so far.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -9,11 +10,49 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from ttt_lit.train.resume import checkpoints_folder
 
 
 class Diverged(RuntimeError):
     """The run is not worth continuing. The message has the reason, the stage, the step and the last good checkpoint."""
+
+
+def stop(trainer: Any, module: Any, reason: str) -> NoReturn:
+    """End a run that has diverged. Every rank must come to it: one that trained on would wait for the others in vain."""
+    if module.entered < 0:
+        raise Diverged(
+            f"{reason}; nothing has been trained, because the weights to start from are broken ({module.start_config.init_from}). "
+            "Import them again, or start a new run from others"
+        )
+    raise Diverged(
+        f"{reason}; the last good checkpoint is {_last_good(trainer, module)}. Lower inner.lr or the stage's lr and start a new run"
+    )
+
+
+def stop_unless_finite(trainer: Any, module: Any, what: str, *, context: int, losses: Mapping[str, float]) -> None:
+    """End a run that measured a held-out loss (setting of the inner loop → nats per token, the same on every rank) that is no number.
+
+    For whoever measures, once the loss is kept: training itself may never show it, and no record but a diverged run's can hold it.
+    """
+    reason = non_finite_loss(what, context=context, losses=losses)
+    if reason is not None:
+        stop(trainer, module, reason)
+
+
+def non_finite_loss(what: str, *, context: int, losses: Mapping[str, float]) -> str | None:
+    """Why these held-out losses end a run, naming all that are not finite; None if none is."""
+    bad = [f"with inner updates {inner} is {loss}" for inner, loss in losses.items() if not math.isfinite(loss)]
+    return f"{what} at context {context} {' and '.join(bad)}" if bad else None
+
+
+def _last_good(trainer: Any, module: Any) -> str:
+    """The checkpoint of the last finished stage, else the run's start. A resume file may hold weights that were on their way out."""
+    if module.entered == 0:
+        return str(module.start_config.init_from)
+    return str(checkpoints_folder(trainer.default_root_dir) / module.plans[module.entered - 1].name)
 
 
 class DivergenceDetector:
