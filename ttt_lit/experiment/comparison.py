@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ttt_lit.experiment.arm import Account, Arm, gpu_hours
 from ttt_lit.experiment.formats import nats
+from ttt_lit.experiment.matching import unequal
 from ttt_lit.experiment.record import EvaluationPoint, Role, RunRecord, Validation
 from ttt_lit.experiment.statistics import RESAMPLES, Interval, paired_difference
-from ttt_lit.experiment.study import Account, Arm, FamilyStudy, gpu_hours, unequal
+from ttt_lit.experiment.study import FamilyStudy
 
 MAX_DELTA = 0.01
 """Nats per token by which a candidate may be worse than the baseline, and a control worse than its own start."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from ttt_lit.experiment.arm import Account, Arm
 from ttt_lit.experiment.comparison import flags
 from ttt_lit.experiment.findings import MIN_LEARNT
 from ttt_lit.experiment.formats import counted
+from ttt_lit.experiment.matching import unmatched
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS
-from ttt_lit.experiment.study import Account, Arm
 
 SHARES = (0.35, 0.5, 0.7, 1.0)
 """Budgets at which a candidate is run, as shares of the baseline's GPU-hours; all must be there."""
@@ -95,19 +96,6 @@ def single_seeds(baseline: Arm | None, arms: Sequence[Arm]) -> Iterator[str]:
         yield f"a single seed: {', '.join(single)}; run at least {MIN_SEEDS}"
 
 
-def _unmatched(baseline: Arm, arms: Sequence[Arm]) -> Iterator[str]:
-    """The baseline has the candidate's modules and is judged in the same setting; anything else compares two things at once."""
-    facts: dict[str, Callable[[RunRecord], object]] = {
-        "network": lambda record: (record.model.num_parameters, tuple(record.model.ttt_layers)),
-        "inner loop in the loss that they are judged by": lambda record: record.headline,
-    }
-    for fact, read in facts.items():
-        theirs = {read(record) for record in baseline.records}
-        names = [arm.name for arm in arms if {read(record) for record in arm.records} != theirs]
-        if names:
-            yield f"{baseline.name} is not the matched baseline of {', '.join(names)}: another {fact}"
-
-
 def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account) -> Iterator[str]:
     """Too few seeds, or GPU-hours that cannot be compared; ``arms``: the wall-clock-matched ones."""
     yield from single_seeds(baseline, arms)
@@ -116,7 +104,7 @@ def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account
         devices = {f"{each.num_devices} × {each.device}" for each in environments}
         if len(devices) > 1:
             yield f"GPU-hours of different devices: {', '.join(sorted(devices))}; run all on the same"
-        yield from _unmatched(baseline, arms)
+        yield from unmatched(baseline, arms)
     for arm in arms:
         if arm.gpu_hours("marginal") is None:
             yield f"the GPU-hours of {arm.name} are not known"

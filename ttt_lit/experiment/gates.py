@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ttt_lit.experiment.arm import ACCOUNTS, Account, Arm
 from ttt_lit.experiment.comparison import MAX_DELTA, Comparison, compare, flags, hours_ratio
 from ttt_lit.experiment.evidence import (
     DEMO_CONTEXT,
@@ -33,7 +34,7 @@ from ttt_lit.experiment.stability import (
     long_token_gate,
 )
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS, RESAMPLES, Interval
-from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 from ttt_lit.experiment.verdict import Gate, Outcome
 
 __all__ = [

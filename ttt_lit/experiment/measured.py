@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ttt_lit.experiment.arm import ACCOUNTS, Account, Arm
 from ttt_lit.experiment.comparison import Comparison, Differences, hours_ratio
 from ttt_lit.experiment.formats import NONE, billions, interval_text, loss
 from ttt_lit.experiment.gates import CandidateGates
 from ttt_lit.experiment.record import RunRecord
-from ttt_lit.experiment.study import ACCOUNTS, Account, Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 
 ACCOUNT_WORDS: dict[Account, str] = {"marginal": "run alone", "with_parents": "with parents"}
 NOT_PROVED = "measured, not proved"

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.evidence import MIN_SEEDS, SHARES, demo_reasons, missing_shares, single_seeds
 from ttt_lit.experiment.gates import CandidateGates
-from ttt_lit.experiment.study import Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 
 Kind = Literal["reason", "wall-clock runs", "seeds", "nothing"]
 EXAMPLE = "configs/matrix/demo_wallclock.yaml"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.formats import counted, nats
 from ttt_lit.experiment.record import RunRecord, Stage
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS, RESAMPLES, Interval, level_change, mean_interval
-from ttt_lit.experiment.study import Arm
 from ttt_lit.experiment.verdict import Gate, Outcome, worst
 from ttt_lit.train.divergence import DivergenceDetector
 

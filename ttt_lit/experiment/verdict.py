@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ttt_lit.experiment.study import Account
+from ttt_lit.experiment.arm import Account
 
 Outcome = Literal["pass", "fail", "insufficient"]
 

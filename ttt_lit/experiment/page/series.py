@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ttt_lit.experiment.arm import Account, Arm
 from ttt_lit.experiment.record import EvaluationPoint, RunRecord
-from ttt_lit.experiment.study import Account, Arm
 
 Point = tuple[float, float]
 """GPU-hours or tokens, and nats per token."""

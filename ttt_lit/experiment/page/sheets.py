@@ -7,11 +7,11 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ttt_lit.experiment.arm import ACCOUNTS as GPU_HOUR_ACCOUNTS
 from ttt_lit.experiment.comparison import reached_at_once, run_hours_to_target, target_loss
 from ttt_lit.experiment.gates import CandidateGates, Gate
 from ttt_lit.experiment.page.parts.runs import windows
 from ttt_lit.experiment.record import RunRecord, Stage
-from ttt_lit.experiment.study import ACCOUNTS as GPU_HOUR_ACCOUNTS
 from ttt_lit.experiment.study import read_study
 from ttt_lit.metrics import ACCOUNTS
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.comparison import hours_to_target, reached_at_once
 from ttt_lit.experiment.formats import hours
-from ttt_lit.experiment.study import Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 
 UPPER_BOUND = "≤"
 """Before hours that are an upper bound."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.comparison import target_loss
 from ttt_lit.experiment.page.figures.scales import amount
 from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, label, one_axes, styles
 from ttt_lit.experiment.page.target import hours_to_reach, target_arms
-from ttt_lit.experiment.study import Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 
 _ROW = 0.29
 _LETTER = 0.024

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ttt_lit.experiment.arm import Account, Arm
 from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.page.figures.labels import Line, Mark, label_points
 from ttt_lit.experiment.page.figures.scales import compute_axis, limits
 from ttt_lit.experiment.page.figures.style import ArmStyle, axis_labels, label, one_axes, styles
 from ttt_lit.experiment.page.series import evaluation_series
 from ttt_lit.experiment.record import RunRecord
-from ttt_lit.experiment.study import Account, Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 
 ACCOUNT_NAMES: dict[Account, str] = {"marginal": "the run alone", "with_parents": "with every parent run"}
 

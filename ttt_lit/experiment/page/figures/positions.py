@@ -8,11 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.page.figures.labels import Mark, label_ends
 from ttt_lit.experiment.page.figures.scales import limits
 from ttt_lit.experiment.page.figures.style import axis_labels, label, one_axes, styles
 from ttt_lit.experiment.page.series import Buckets, position_losses
-from ttt_lit.experiment.study import Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 
 
 def positions_figure(family: FamilyStudy) -> Figure | str:

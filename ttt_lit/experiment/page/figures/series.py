@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ttt_lit.experiment.arm import Arm, gpu_hours
 from ttt_lit.experiment.heldout import final_words, subset_words
 from ttt_lit.experiment.page.figures.labels import Mark, label_ends
 from ttt_lit.experiment.page.figures.scales import amount, limits
 from ttt_lit.experiment.page.figures.style import SMALL, ArmStyle, axis_labels, label, one_axes, styles
 from ttt_lit.experiment.page.series import Point, evaluation_series, token_series
 from ttt_lit.experiment.record import RunRecord
-from ttt_lit.experiment.study import Arm, FamilyStudy, gpu_hours
+from ttt_lit.experiment.study import FamilyStudy
 
 Against = Literal["tokens", "gpu_hours"]
 _CEILING = 0.5

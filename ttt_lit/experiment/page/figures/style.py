@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.drawing import BLUE, GREEN, PURPLE, SKY, VERMILION, new_figure, plain_axes
 from ttt_lit.experiment.record import Role
-from ttt_lit.experiment.study import Arm
 
 COLOURS: dict[Role | None, str] = {
     "ttt_scratch": VERMILION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ttt_lit.experiment.arm import Arm, gpu_hours
 from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.formats import hours, loss
 from ttt_lit.experiment.gates import MAX_DELTA, MAX_LAST_RISE, MAX_SHARE, MIN_SAVING, flags
@@ -11,7 +12,7 @@ from ttt_lit.experiment.heldout import final_bytes
 from ttt_lit.experiment.page.blocks import Block, Code, Grid, Heading, Listing, Paragraph
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.record import RunRecord
-from ttt_lit.experiment.study import Arm, FamilyStudy, Study, gpu_hours
+from ttt_lit.experiment.study import FamilyStudy, Study
 
 
 def problems(study: Study, differences: Mapping[str, Mapping[str, Differences]]) -> list[Block]:

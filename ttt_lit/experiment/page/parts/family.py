@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ttt_lit.experiment.arm import ACCOUNTS, Arm
 from ttt_lit.experiment.comparison import Differences, compare, target_loss
 from ttt_lit.experiment.formats import billions, count, hours, loss
 from ttt_lit.experiment.heldout import final_words, subset_loss, subset_words
@@ -18,7 +19,7 @@ from ttt_lit.experiment.page.figures.series import Against, series_figure
 from ttt_lit.experiment.page.figures.style import ROLE_NAMES
 from ttt_lit.experiment.page.figures.timeline import timeline_figure
 from ttt_lit.experiment.page.target import UPPER_BOUND, hours_to_reach, target_arms
-from ttt_lit.experiment.study import ACCOUNTS, Arm, FamilyStudy
+from ttt_lit.experiment.study import FamilyStudy
 from ttt_lit.experiment.unfinished import marked
 
 _AGAINST: dict[Against, str] = {"tokens": "tokens", "gpu_hours": "GPU-hours"}

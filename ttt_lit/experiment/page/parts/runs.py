@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ttt_lit.experiment.arm import Arm, gpu_hours
 from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.findings import window_of
 from ttt_lit.experiment.formats import GPU_HOURS, billions, count, hours, loss, seconds_as_hours, size
 from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Heading
 from ttt_lit.experiment.page.differences import difference_text
 from ttt_lit.experiment.record import Role, RunRecord, Stage, Validation
-from ttt_lit.experiment.study import Arm, FamilyStudy, gpu_hours
+from ttt_lit.experiment.study import FamilyStudy
 from ttt_lit.experiment.unfinished import marked
 from ttt_lit.metrics import ACCOUNTS
 
