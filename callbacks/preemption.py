@@ -1,4 +1,4 @@
-"""A run that is told to go saves first: SIGTERM, or SIGUSR2 as a cluster's warning, ends it at the next optimiser step."""
+"""A run that is told to go saves first: Ctrl-C, SIGTERM, or SIGUSR2 as a cluster's warning, end it at the next optimiser step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ttt_lit.data.workers import STOP_SIGNALS
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.resume import ResumeWriter
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+_PATIENCE = b"\nsaving at the next optimiser step, then stopping (Ctrl-C again stops at once, without a save)\n"
 
 _CLUSTER_JOB = "SUBMITIT_EXECUTOR"
 """Set in every job of submitit."""
@@ -34,7 +35,7 @@ class Preemption(L.Callback):
 
     A handler here only notes the signal. Ranks agree at optimiser boundaries, where one that was told tells all: a save needs every
     rank, and any other moment loses a partial gradient. Lightning's handler for SIGTERM communicates from inside the handler and stops
-    between micro-batches, so it is replaced while the run trains.
+    between micro-batches, so it is replaced while the run trains. A second Ctrl-C ends the run at once, without a save.
 
     In a job of a cluster SIGTERM comes ahead of the warning, or of the end: the run saves and trains on. The handler that SIGUSR2 had
     before, submitit's, which puts the job back into the queue, is called on rank 0 once the run is saved and recorded, whichever rank
@@ -50,7 +51,9 @@ class Preemption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         self._save_asked = self._stop_asked = self._warned = self._must_requeue = False
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # A shell has what it puts into the background ignore Ctrl-C, which means other processes.
+            heard = (each for each in STOP_SIGNALS if each != signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         if trainer.is_global_zero:
             for old in Path(trainer.default_root_dir).glob(_REQUEUED.format(step="*")):
                 old.unlink()
@@ -91,8 +94,12 @@ class Preemption(L.Callback):
 
     def _note(self, number: int, _: object) -> None:
         self._warned = self._warned or number == signal.SIGUSR2
-        self._stop_asked = self._stop_asked or self._warned or _CLUSTER_JOB not in os.environ
+        is_final = self._warned or number == signal.SIGINT or _CLUSTER_JOB not in os.environ
+        self._stop_asked = self._stop_asked or is_final
         self._save_asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT] or signal.default_int_handler)
+            os.write(2, _PATIENCE)  # a handler may interrupt a print, and must not print itself
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

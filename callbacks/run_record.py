@@ -183,8 +183,10 @@ def _ending(exception: BaseException) -> tuple[schema.Status, str]:
     """Status and reason of a run that this ended."""
     if isinstance(exception, NotFinite):  # a resume file may bring a number that was never judged
         return "diverged", f"{exception.where} is {exception.value}"
-    if isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
-        return "interrupted", f"stopped by {type(exception).__name__}"
+    if isinstance(exception, SIGTERMException):
+        return "interrupted", "told to stop by a signal"
+    if isinstance(exception, KeyboardInterrupt):
+        return "interrupted", "stopped at once by Ctrl-C"
     reason = " ".join(str(exception).split()) or type(exception).__name__
     return ("diverged" if isinstance(exception, Diverged) else "failed"), reason
 

@@ -202,7 +202,7 @@ class Unjudged(L.Callback):
     "error, raised, then",
     [
         (OSError("the device is gone"), OSError, "; the device is gone"),
-        (KeyboardInterrupt(), KeyboardInterrupt, "; stopped by KeyboardInterrupt"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "; stopped at once by Ctrl-C"),
         (None, ValueError, ""),  # nothing else stops the run: the record at the end of the stage cannot hold the number
     ],
     ids=["error", "interrupt", "record"],

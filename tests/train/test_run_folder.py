@@ -1,10 +1,13 @@
 """Whose a run's folder is: one process's, and one configuration's, in which what only changes the output has no part."""
 
 import copy
+import json
+from typing import get_args
 
 import pytest
 import yaml
 
+from ttt_lit.experiment.record import Status
 from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.train.run_folder import claimed, differences, is_finished
 
@@ -96,6 +99,37 @@ def test_a_run_that_has_begun_keeps_its_first_configuration(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text()) == CONFIG
     assert holder(folder) is None
     assert not is_finished(folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"status": "fini', r"got Unterminated string .*, expected JSON"),
+        (b"", r"got Expecting value.*, expected JSON"),
+        (b"\xff\xfe", r"got 'utf-8' codec can't decode .*, expected JSON"),
+        (b"status: finished", r"got Expecting value.*, expected JSON"),  # YAML
+        (b'{"status": "running", "loss": NaN}', r"got the number NaN, expected JSON"),
+        (b'["finished"]', r"got list, expected an object"),
+        (b"{}", r"got status None, expected one of running, finished, .*"),
+        (b'{"status": "done"}', r"got status 'done', expected one of running, finished, .*"),
+        (b'{"status": "diverged", "reason": 3}', r"got reason 3, expected a text or null"),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path, content, message):
+    (tmp_path / "record.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"record\.json: damaged record, {message}; .*--run\.id.*remove") as caught:
+        is_finished(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", get_args(Status))
+def test_every_status_of_a_record_is_known(tmp_path, status):
+    (tmp_path / "record.json").write_text(json.dumps({"status": status, "reason": "loss is nan"}))
+    if status == "diverged":
+        with pytest.raises(ValueError, match=r"this run diverged \(loss is nan\)"):
+            is_finished(tmp_path)
+    else:
+        assert is_finished(tmp_path) == (status == "finished")
 
 
 def test_one_that_has_not_may_change_it(tmp_path):

@@ -7,8 +7,10 @@ same sequences.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from ttt_lit.data.entropy import unigram_entropy
 from ttt_lit.data.manifest import MANIFEST, Manifest
 from ttt_lit.data.order import ShuffledOrder, SpreadOrder, first_blocks
 from ttt_lit.data.shards import TokenReader, torchvision_problem
+from ttt_lit.data.workers import live_as_long_as, stop_signals_held
 from ttt_lit.identity import hash_file
 
 Batch = dict[str, torch.Tensor]
@@ -109,7 +112,7 @@ class UnsizedStream:
 
     def __iter__(self) -> Iterator[Batch]:
         request = self.request
-        loaded = iter(self._loaded())
+        loaded = self._loaded()
         for number in self._numbers():
             # Asked here and not where batches are made: workers make them ahead of time.
             if request.should_stop is not None and number % request.accumulate == 0 and request.should_stop():
@@ -121,14 +124,21 @@ class UnsizedStream:
             return itertools.count(self.request.start_batch)
         return iter(range(self.request.start_batch, self.request.num_batches))
 
-    def _loaded(self) -> Iterable[Batch]:
+    def _loaded(self) -> Iterator[Batch]:
         if self.num_workers == 0:
             return map(self.batches.__getitem__, self._numbers())
         # A generator of its own: the loader draws a seed from it, which would move the run's random numbers.
         own = torch.Generator()
-        return DataLoader(
-            self.batches, sampler=self._numbers(), batch_size=None, num_workers=self.num_workers, generator=own
+        loader = DataLoader(
+            self.batches,
+            sampler=self._numbers(),
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=own,
+            worker_init_fn=functools.partial(live_as_long_as, os.getpid()),
         )
+        with stop_signals_held():
+            return iter(loader)
 
 
 class SizedStream(UnsizedStream):

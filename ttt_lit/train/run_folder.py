@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
 
 CONFIG_NAME, RECORD_NAME = "config.yaml", "record.json"
+
+STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
+"""What a record may say, as ``ttt_lit.experiment.record`` has it."""
 
 # Settings that change what is shown, or how fast and how safely the same numbers are made: no part of what a run is, so a start may
 # change them. Section, or class of a callback → its keys; None: the callback itself may come and go.
@@ -53,16 +57,41 @@ def claimed(folder: Path, config: dict[str, Any]) -> Iterator[None]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the record says so. A diverged run is a ValueError: continuing would diverge again."""
+    """Whether the record says so. A diverged run is a ValueError: continuing would diverge again. So is a damaged record."""
     path = folder / RECORD_NAME
     if not path.is_file():
         return False
-    record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if record["status"] == "diverged":
-        raise ValueError(
-            f"{folder}: this run diverged ({record['reason']}); change the configuration and give another --run.id"
-        )
-    return bool(record["status"] == "finished")
+    status, reason = _ending(path)
+    if status == "diverged":
+        raise ValueError(f"{folder}: this run diverged ({reason}); change the configuration and give another --run.id")
+    return status == "finished"
+
+
+def _ending(path: Path) -> tuple[str, str | None]:
+    """Status and reason of a record. ValueError in one line for anything that no run writes."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:  # of the text's encoding, too
+        raise _damaged(path, str(error), "JSON") from error
+    if not isinstance(record, dict):
+        raise _damaged(path, type(record).__name__, "an object")
+    status, reason = record.get("status"), record.get("reason")
+    if status not in STATUSES:
+        raise _damaged(path, f"status {status!r:.80}", f"one of {', '.join(STATUSES)}")
+    if not isinstance(reason, str | None):
+        raise _damaged(path, f"reason {reason!r:.80}", "a text or null")
+    return status, reason
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"the number {name}")
+
+
+def _damaged(path: Path, got: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{path}: damaged record, got {got}, expected {expected}; bring the file back, or give another --run.id, or remove the file: "
+        "then the run continues from its last resume file, or from the beginning if it has none, and writes its record anew"
+    )
 
 
 class _Before:
