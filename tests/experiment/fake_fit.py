@@ -43,6 +43,9 @@ def _end(given, record):
     if ends == "refused":
         print("error: the data are not there", file=sys.stderr)
         return 1
+    if ends == "finished with 1":  # killed while it put things away
+        _write(record, "finished")
+        return 1
     reason = None if ends == "finished" else f"it was told to be {ends}"
     _write(record, ends, reason)
     return 0 if ends == "finished" else 1

@@ -13,13 +13,16 @@ import yaml
 
 from ttt_lit.experiment import plan_memory
 from ttt_lit.experiment.announced import announced
+from ttt_lit.experiment.devices import device_named
 from ttt_lit.experiment.launch import dry_run as module
 from ttt_lit.experiment.launch.command import LaunchOptions
 from ttt_lit.experiment.plan import PlanOptions
+from ttt_lit.experiment.plan_config import NotKnown
 from ttt_lit.experiment.rehearsal import MicroBatch, Peaks
 from ttt_lit.model.spec import LayerSpec, ModelSpec
 from ttt_lit.ttt.settings import EngineConfig
 
+DEVICE = device_named("h200", peak_tflops=None, memory_gib=None)
 OPTIONS = LaunchOptions(config="m.yaml")
 
 
@@ -45,7 +48,7 @@ def plans(tmp_path, monkeypatch):
         stage = {"device_hours": 10.0, "memory": SimpleNamespace(total=3 * 2**30)}
         if "--model.budget.gpu_hours" in arguments:
             stage["device_hours"] = float(arguments[arguments.index("--model.budget.gpu_hours") + 1]) / 2
-        return [SimpleNamespace(**stage), SimpleNamespace(**stage)]
+        return [SimpleNamespace(**stage), SimpleNamespace(**stage)], DEVICE
 
     monkeypatch.setattr(module, "_planned_stages", planned)
     return made
@@ -57,19 +60,19 @@ def test_it_prints_command_budget_hours_memory_and_the_sum(plans, capsys):
     assert lines[0] == "[1/4] q_a/m-t0.35"
     assert lines[1] == (
         "  python cli.py fit --config configs/q_a.yaml --model.start.seed 0 --data.seed 0 --run.id m-t0.35 --run.share 0.35 "
-        "--trainer.enable_progress_bar false"
+        "--trainer.enable_progress_bar false --model.budget.tokens null --model.budget.gpu_hours '<0.35 × GPU-hours of q_base/m>'"
     )
-    assert lines[2] == "  budget 35 % of q_base/m; 7 GPU-hours, 3 GiB on each device"
+    assert lines[2] == (
+        "  budget 35 % of q_base/m, which is not finished: the command can run once its GPU-hours are known; 7 GPU-hours, 3 GiB on each "
+        "device"
+    )
     assert lines[8] == "  budget 1,000 tokens; 20 GPU-hours, 3 GiB on each device"
     assert lines[-1] == "4 runs: 54 GPU-hours"
     assert len(plans) == 2  # seeds need no plan of their own
 
 
 def test_a_finished_baseline_decides_the_budget_and_nothing_is_written(plans, tmp_path, capsys):
-    folder = tmp_path / "runs" / "q_base" / "m"
-    folder.mkdir(parents=True)
-    record = {"status": "finished", "reason": None, "totals": {"gpu_seconds": {"compute": 7200.0}}}
-    (folder / "record.json").write_text(json.dumps(record))
+    finish(tmp_path / "runs" / "q_base" / "m")
     dry_run(OPTIONS, PlanOptions())
     out = capsys.readouterr().out
     assert "--model.budget.tokens null --model.budget.gpu_hours 0.7" in out
@@ -96,7 +99,7 @@ def test_what_does_not_exist_yet_is_unknown_and_not_in_the_sum(plans, monkeypatc
 def test_hours_that_need_a_peak_say_so_beside_those_that_are_known(plans, monkeypatch, capsys):
     def planned(arguments, planning):
         hours = None if "configs/q_a.yaml" in arguments else 10.0
-        return [SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=0.0))]
+        return [SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=0.0))], DEVICE
 
     monkeypatch.setattr(module, "_planned_stages", planned)
     plain = yaml.safe_load(Path("m.yaml").read_text())
@@ -106,6 +109,13 @@ def test_hours_that_need_a_peak_say_so_beside_those_that_are_known(plans, monkey
     assert capsys.readouterr().out.splitlines()[-1] == (
         "4 runs: 20 GPU-hours; 2 not known and not in the sum (the device has no published peak; give --peak-tflops)"
     )
+
+
+def test_memory_that_a_device_does_not_have_is_said(plans, monkeypatch, capsys):
+    stage = SimpleNamespace(device_hours=10.0, memory=SimpleNamespace(total=140 * 2**30))
+    monkeypatch.setattr(module, "_planned_stages", lambda arguments, planning: ([stage], DEVICE))
+    dry_run(OPTIONS, PlanOptions())
+    assert "140 GiB on each device, MORE THAN 9" in capsys.readouterr().out
 
 
 def test_a_shape_that_is_not_there_is_an_error_and_not_a_run_without_hours(plans):
@@ -119,6 +129,66 @@ def test_settings_that_fit_does_not_take_end_it_before_anything_is_planned(plans
     assert status == 1
     assert "error: m.yaml: runs[0]: q_a/m-t0.35-s1: wrong" in capsys.readouterr().err
     assert plans == []
+
+
+def finish(folder, **others):
+    folder.mkdir(parents=True)
+    record = {"status": "finished", "reason": None, "totals": {"gpu_seconds": {"compute": 7200.0}}}
+    (folder / "record.json").write_text(json.dumps(record | others))
+
+
+def test_finished_runs_are_not_in_the_sum(plans, tmp_path, capsys):
+    finish(tmp_path / "runs" / "q_base" / "m")
+    assert dry_run(OPTIONS, PlanOptions()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[8] == "  budget 1,000 tokens; nothing left to pay"
+    assert lines[-1] == "4 runs: 27.7 GPU-hours left to pay; 1 finished or diverged and not in the sum"  # 0.7 + 7 + 20
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("q_a/m-t0.35/record.json", "{", "record.json: not JSON"),
+        (
+            "q_a/m-t0.35/budget.json",
+            '{"of": "q_base/old", "gpu_hours": 3}',
+            "budget.json: the budget was made from something else",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_that_runs_error_alone(plans, tmp_path, capsys, name, content, said):
+    finish(tmp_path / "runs" / "q_base" / "m")
+    path = tmp_path / "runs" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert dry_run(OPTIONS, PlanOptions()) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[1/4] q_a/m-t0.35"
+    assert lines[1].startswith("  error: ")
+    assert said in lines[1]
+    assert [line for line in lines if line.startswith("[")][1:] == [
+        "[2/4] q_a/m-t0.35-s1",
+        "[3/4] q_base/m (finished)",
+        "[4/4] q_base/m-s1",
+    ]
+    assert "1 not known and not in the sum" in lines[-1]
+
+
+def test_settings_that_do_not_fit_the_network_are_an_error_and_what_the_machine_decides_is_not(
+    plans, monkeypatch, capsys
+):
+    wrong = ValueError("stage C: updated_layers: got [9], expected some of the run's TTT layers [1]")
+
+    def planned(arguments, planning):
+        raise wrong if "configs/q_base.yaml" in arguments else NotKnown("trainer.devices: got auto")
+
+    monkeypatch.setattr(module, "_planned_stages", planned)
+    assert dry_run(OPTIONS, PlanOptions()) == 1
+    out = capsys.readouterr().out
+    assert "budget 1,000 tokens; error: stage C: updated_layers: got [9]" in out
+    assert "unknown: trainer.devices: got auto" in out
+    wrong = NotKnown("it depends")
+    assert dry_run(OPTIONS, PlanOptions()) == 0
 
 
 # How long it takes --------------------------------------------------------------------------------------------------------------

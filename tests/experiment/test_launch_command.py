@@ -11,8 +11,11 @@ from launching import FAKE, ROOT, ends, local
 from rich.console import Console
 
 from ttt_lit.experiment.launch import command, slurm
-from ttt_lit.experiment.launch.check import errors_in_a_process
+from ttt_lit.experiment.launch.check import errors_in_a_process, faults
 from ttt_lit.experiment.matrix_file import SlurmSettings
+from ttt_lit.train.arguments import errors_of
+from ttt_lit.train.run import assemble
+from ttt_lit.train.run_folder import claimed
 
 
 def test_the_command_runs_a_matrix_file_quietly(tmp_path, runs_of, monkeypatch, capsys):
@@ -31,7 +34,7 @@ def test_the_command_runs_a_matrix_file_quietly(tmp_path, runs_of, monkeypatch, 
 
     refuse = True
     assert go() == 1
-    assert "error: m.yaml: runs[0]: q_a/m: no such setting\n1 of 1 runs have" in capsys.readouterr().err
+    assert "error: m.yaml: runs[0]: q_a/m: no such setting\nfit would refuse 1 of 1 runs" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     refuse = False
     assert go() == 0
@@ -39,9 +42,16 @@ def test_the_command_runs_a_matrix_file_quietly(tmp_path, runs_of, monkeypatch, 
     assert json.loads(line)["arguments"][-2:] == ["--trainer.enable_progress_bar", "false"]
     assert "1 runs: 1 finished" in capsys.readouterr().out
     refuse = True
-    assert go() == 0  # what is finished needs no settings any more
+    assert go() == 1  # finished or not: the file asks for something else now
     with pytest.raises(ValueError, match="--jobs: got 0"):
         command.launch_matrix(replace(options, jobs=0), program=(), entry="")
+
+
+def test_arms_are_found_wherever_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "m.yaml").write_text("name: m\nruns: [{arms: [q_p1_bridge]}]\n")
+    monkeypatch.chdir(tmp_path)
+    _, (run,) = command.planned_runs(command.LaunchOptions(config="m.yaml"))
+    assert run.arguments[:2] == ("--config", str(ROOT / "configs" / "q_p1_bridge.yaml"))
 
 
 def test_what_is_left_is_listed_and_the_exit_status_says_so(runs_of, capsys):
@@ -59,7 +69,7 @@ def test_a_process_finds_settings_that_fit_does_not_take(tmp_path, monkeypatch):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {budget: {tokns: 5}}\n")
     arm = ("--config", str(ROOT / "configs" / "q_p1_bridge.yaml"))
-    good = (*arm, "--model.budget.tokens", "1000", "--model.stages.C.carry", "all", "--run.id", "m")
+    good = (*arm, "--model.budget.tokens", "52428800", "--model.stages.C.carry", "all", "--run.id", "m")
     plugins = slurm.cluster_arguments(SlurmSettings())
     monkeypatch.chdir(tmp_path)  # wherever it is called from
     found = errors_in_a_process(
@@ -80,6 +90,107 @@ def test_a_process_finds_settings_that_fit_does_not_take(tmp_path, monkeypatch):
         "model.budget.tokns: fit has no such setting",
     ]
     assert 'Parser key "model.budget.tokens"' in found[5]
+
+
+REFUSED = [
+    (("--model.stages.B1.share", "0.99"), "budget: the shares of B1, B2 sum to 1.08524, expected at most 1"),
+    (
+        ("--model.budget.gpu_hours", "3"),
+        "Budget: got tokens and gpu_hours, expected exactly one of tokens and gpu_hours",
+    ),
+    (
+        ("--model.budget.tokens", "12345"),
+        "budget: 12345 tokens are not whole optimiser steps of 4096 tokens; use 12288 or 16384",
+    ),
+    (("--model.stages.B1.window_share", "2.0"), "stages: window_share: got 2.0, expected more than 0 and at most 1"),
+    (("--trainer.max_steps", "5"), "trainer: max_steps follow from the run's stages and budget; remove them"),
+    (("--trainer.callbacks", "[]"), "trainer.callbacks: got none of ours, expected FairnessBudget"),
+    (("--trainer.devices", "3"), "use a multiple of"),
+]
+
+
+@pytest.fixture
+def arm(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return ("--config", "configs/q_p1_bridge.yaml", "--config", "configs/size/demo.yaml")
+
+
+def test_settings_that_do_not_fit_together_are_refused_without_weights_or_data(arm, tmp_path):
+    lines = [(*arm, "--run.root", str(tmp_path), *given) for given, _ in REFUSED]
+    well = [(*arm, "--run.root", str(tmp_path), *given) for given in ((), ("--trainer.devices", "auto"))]
+    *found, one, other = errors_of([*lines, *well])
+    for error, (_, said) in zip(found, REFUSED, strict=True):
+        assert said in error
+        assert "\n" not in error
+        assert "Namespace" not in error
+    assert (one, other) == (None, None)
+
+
+def begun(arguments):
+    """The folder of a run that ``fit`` has begun to train with these arguments."""
+    parts = assemble(list(arguments), command="fit")
+    with claimed(parts.run.folder, parts.config):
+        (parts.run.folder / "record.json").write_text('{"status": "finished"}')
+    return parts.run.folder
+
+
+def test_a_run_that_began_with_other_settings_is_refused_whatever_its_record_says(arm, tmp_path):
+    """By the comparison that fit makes: what may change at a resume may change here."""
+    asked = (*arm, "--run.root", str(tmp_path), "--run.id", "m")
+    folder = begun(asked)
+    free = ("--trainer.enable_progress_bar", "false", "--data.verify", "full")
+    changes = [(), free, ("--model.stages.C.lr", "1e-2"), ("--model.budget.tokens", "1024000")]
+    same, still, lr, tokens = errors_of([(*asked, *change) for change in changes])
+    assert (same, still) == (None, None)
+    assert lr == (
+        f"the run was started with another configuration: model.stages.C.lr was 0.0003, now 0.01; go back to {folder}/config.yaml, give "
+        f"the run another name in the matrix file (its name, or a label of an axis), or remove the folder {folder}"
+    )
+    assert "model.budget.tokens was " in tokens
+    assert "now 1024000" in tokens
+    with (
+        pytest.raises(ValueError, match="was started with another configuration"),
+        claimed(folder, assemble([*asked, *changes[2]], command="fit").config),
+    ):
+        pass
+    (folder / "record.json").unlink()  # never began to train: fit takes the new settings
+    assert errors_of([(*asked, *changes[2])]) == [None]
+
+
+def checked(runs, placements=((),)):
+    """Command lines that the check is given."""
+    lines = []
+    faults("m.yaml", runs, placements, lambda asked: lines.extend(asked) or [None] * len(asked))
+    return lines
+
+
+def test_a_budget_in_hours_is_checked_as_the_first_start_fixed_it(runs_of):
+    matched = {"arms": ["q_a"], "gpu_hours": {"of": "q_base", "shares": [0.5]}}
+    baseline, run = runs = runs_of({"arms": ["q_base"]}, matched)
+    assert checked(runs)[1] == run.with_budget(1.0)  # any number, and not the tokens of the file
+    baseline.folder.mkdir(parents=True)
+    record = {"status": "finished", "totals": {"gpu_seconds": {"compute": 7200.0}}}
+    (baseline.folder / "record.json").write_text(json.dumps(record))
+    assert checked(runs)[1] == run.with_budget(1.0 * 7200 / 3600 * 0.5)
+    run.folder.mkdir(parents=True)
+    (run.folder / "budget.json").write_text('{"gpu_hours": 0.25}')
+    assert checked(runs)[1] == run.with_budget(0.25)
+    (run.folder / "budget.json").write_text("{")
+    assert len(checked(runs)) == 1  # the run fails alone, later
+
+
+def test_a_finished_run_may_have_been_placed_by_another_launcher(runs_of):
+    (run,) = runs_of({"arms": ["q_a"]})
+
+    def check(lines):
+        return [None if "--trainer.devices" in line else "trainer.devices differ" for line in lines]
+
+    placements = [(), ("--trainer.devices", "8")]
+    assert faults("m.yaml", [run], placements, check) == ["m.yaml: runs[0]: q_a/m: trainer.devices differ"]
+    run.folder.mkdir(parents=True)
+    (run.folder / "record.json").write_text('{"status": "finished"}')
+    assert faults("m.yaml", [run], placements, check) == []
+    assert faults("m.yaml", [run], placements[:1], check) != []
 
 
 def test_importing_the_launcher_loads_neither_torch_nor_lightning():

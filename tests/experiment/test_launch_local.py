@@ -48,6 +48,11 @@ def test_a_second_start_goes_on_where_it_is_worth_it(runs_of):
     assert first["arguments"] == second["arguments"]
 
 
+def test_a_run_whose_record_is_finished_is_so_however_its_process_ended(tmp_path, runs_of):
+    runs = runs_of(ends("finished with 1", "q_a"), {"arms": ["q_b"], "set": start_of(tmp_path, "q_a/m")})
+    assert run_all(runs).is_finished
+
+
 def test_a_run_whose_process_is_gone_is_continued(runs_of):
     (run,) = runs_of({"arms": ["q_a"]})
     run.folder.mkdir(parents=True)

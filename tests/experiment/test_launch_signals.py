@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ttt_lit.experiment.launch import command
 from ttt_lit.experiment.launch.local import LocalBackend
-from ttt_lit.train.lock import holder
+from ttt_lit.train.lock import RunLock, holder
 
 
 def send_when(condition, number):
@@ -66,6 +66,25 @@ def test_ctrl_c_stops_the_runs_and_says_what_to_do(runs_of, capsys, number):
         assert holder(run.folder) is None
         with pytest.raises(ProcessLookupError):
             os.kill(starts(run)[0]["pid"], 0)
+
+
+def test_a_run_that_another_process_began_goes_on_after_ctrl_c_and_that_is_said(runs_of, capsys):
+    (run,) = runs_of({"arms": ["q_a"]})
+    lock = RunLock(run.folder)
+    lock.acquire()
+    backend, looked = local(), []
+    state = backend.state
+
+    def state_of(one):
+        looked.append(one)
+        return state(one)
+
+    backend.state = state_of
+    send_when(lambda: bool(looked), signal.SIGINT)
+    console = Console(force_terminal=False)
+    assert command.run_to_end("m", [run], backend, slots=1, console=console, poll_seconds=0.01) == 130
+    assert "q_a/m go on: another process began them" in capsys.readouterr().err
+    lock.release()
 
 
 def test_a_closing_terminal_may_say_so_twice_while_runs_stop(runs_of, told):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from ttt_lit.experiment.launch import slurm
 from ttt_lit.experiment.launch.loop import launch
 from ttt_lit.experiment.launch.slurm_job import FitJob
 from ttt_lit.experiment.matrix_file import SlurmSettings
+from ttt_lit.train.lock import RunLock
 
 SETTINGS = SlurmSettings(partition="gpu", nodes=2, gpus_per_node=4, mem_gb=0)
 
@@ -130,8 +132,45 @@ def test_a_job_that_the_cluster_refuses_or_loses_fails_alone(runs_of, monkeypatc
     monkeypatch.setattr(cluster, "submit", submit_but)
     board = on(cluster, runs)
     assert board.states == {"q_a/m": "failed", "q_b/m": "failed", "q_c/m": "finished"}
+    assert not (runs[0].folder / "slurm.json").exists()  # nothing was submitted, so the same command tries again
     assert board.reasons["q_a/m"] == "the cluster could not submit the job of q_a/m: sbatch: invalid partition"
     assert board.reasons["q_b/m"] == "the cluster could not look at the job of q_b/m: sacct is gone"
+
+
+def test_a_job_that_lost_the_race_for_its_run_does_not_make_it_a_failure(tmp_path, runs_of):
+    """Two launchers submit a run at the same moment: the one whose job is refused watches the one that won, and goes on after it."""
+    run, child = runs_of({"arms": ["q_a"]}, {"arms": ["q_b"], "set": start_of(tmp_path, "q_a/m")})
+    lock, seen = RunLock(run.folder), []
+
+    def refused(folder):
+        if not seen:
+            lock.acquire()
+
+    def view(board):
+        seen.append(board.states[run.name])
+        if len(seen) > 3 and seen[-1] == "running":
+            recording("finished")(run.folder)
+            lock.release()
+
+    backend = slurm.SlurmBackend(SETTINGS, "fake_fit:main", lambda: Ended(q_a=refused, q_b=recording("finished")))
+    board = launch([run, child], backend, view, slots=None, poll_seconds=0.01)
+    assert seen[1:4] == ["running"] * 3
+    assert board.is_finished
+
+
+def test_a_launcher_that_dies_while_it_submits_causes_no_second_job(runs_of):
+    (run,) = runs_of({"arms": ["q_a"]})
+
+    class Dies(Ended):
+        def submit(self, folder, parameters, job):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on(Dies(), [run])
+    later = Ended(q_a=recording("finished"))
+    assert re.search(r"slurm\.json: .* squeue --name q_a-m", on(later, [run]).reasons[run.name].replace("(", " "))
+    (run.folder / "slurm.json").unlink()
+    assert on(later, [run]).is_finished
 
 
 def test_a_file_of_a_job_that_cannot_be_read_fails_its_run_alone(runs_of):

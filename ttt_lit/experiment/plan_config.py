@@ -18,11 +18,15 @@ from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import Origin, origin_of_checkpoint
-from ttt_lit.train.run import PRECISIONS, _CommandLine, parser_settings
+from ttt_lit.train.run import PRECISIONS, _CommandLine, device_count, parser_settings
 from ttt_lit.train.stages import StagePlan, plan_stages
 from ttt_lit.train.start import Start, _with_prime
 
 SHAPES = "configs/shapes/"
+
+
+class NotKnown(ValueError):
+    """``fit`` takes these settings, but what they come to is decided where the run starts."""
 
 
 class _WithoutTrainer(_CommandLine):
@@ -84,7 +88,7 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
         spec=_spec(origin, module),
         module=module,
         precision=precision,
-        devices=_devices(trainer.devices) * int(trainer.num_nodes),
+        devices=_devices(trainer),
         on_cpu=trainer.accelerator == "cpu",
     )
 
@@ -123,18 +127,13 @@ def _origin(init_from: str, shape: str | None) -> tuple[Origin, str]:
     return origin, source
 
 
-def _devices(configured: Any) -> int:
-    """As Lightning reads them: a number, or ids. ValueError for ``auto`` and −1, which are decided where the run starts."""
-    if isinstance(configured, list):
-        return len(configured)
-    ids = [one for one in str(configured).split(",") if one]
-    if len(ids) > 1:
-        return len(ids)
-    if not ids[0].isdigit() or ids[0] == "0":
-        raise ValueError(
-            f"trainer.devices: got {configured}, which depends on the machine; say how many with --trainer.devices N"
+def _devices(trainer: Any) -> int:
+    count = device_count(trainer)
+    if count is None:
+        raise NotKnown(
+            f"trainer.devices: got {trainer.devices}, which depends on the machine; say how many with --trainer.devices N"
         )
-    return int(ids[0])
+    return count
 
 
 def _start(spec: ModelSpec) -> Start:

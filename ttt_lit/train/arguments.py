@@ -1,4 +1,4 @@
-"""Whether command lines of ``fit`` can be read, many in one process: names and types of settings. Nothing is built from them.
+"""Whether ``fit`` would take command lines, many in one process. Dataclasses are built from them; weights and data are not touched.
 
 ``python -m ttt_lit.train.arguments`` takes a JSON list of command lines and gives a JSON list: null, or what is wrong with each.
 """
@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.train.checks import check_callbacks
 from ttt_lit.train.module import TTTModule
-from ttt_lit.train.run import _CommandLine, parser_settings
+from ttt_lit.train.resume import resume_file
+from ttt_lit.train.run import _CommandLine, device_count, parser_settings, refuse_trainer, resolved_config
+from ttt_lit.train.run_config import RunConfig
+from ttt_lit.train.run_folder import CONFIG_NAME, RECORD_NAME, differences
+from ttt_lit.train.stages import plan_stages
 
 # How the parser says that a setting does not exist, with the parts of its name.
 _NOT_A_SETTING = (
@@ -24,6 +31,15 @@ _NOT_A_SETTING = (
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'"),
     re.compile(r'Parser key "(?P<group>[\w.]+)": .*Option \'(?P<name>[\w.]+)\' is not accepted'),
 )
+# How it says that a value of an optional setting is refused: what each of its types says, and the value at length.
+_OF_EACH_TYPE = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (?P<errors>.*) Given value type: "
+    r".* Given value: (?P<value>.*)"
+)
+_NOT_NULL = "Expected a <class 'NoneType'>"
+
+_NAMED = 5
+"""So many differing settings are named; more would hide the advice."""
 
 
 class _ParserOnly(_CommandLine):
@@ -32,20 +48,28 @@ class _ParserOnly(_CommandLine):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.get_defaults()
 
+    def _set_seed(self) -> None:
+        return None
+
     def instantiate_classes(self) -> None:
         return None
 
 
 def errors_of(command_lines: Sequence[Sequence[str]]) -> list[str | None]:
-    """For each list of ``fit``'s arguments the first thing that is wrong with it, in one line; None for one that can be read."""
+    """For each list of ``fit``'s arguments the first thing for which ``fit`` would refuse it, in one line; None for one that it takes.
+
+    Where a run's folder shows that it has begun, the settings are those that it was started with, or that is what is wrong.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     cli = _ParserOnly(
         TTTModule,
         TokenDataModule,
         run=False,
         save_config_callback=None,
-        seed_everything_default=False,
+        seed_everything_default=0,  # as fit has it: it is part of the configuration that a folder keeps
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
         parser_kwargs=parser_settings("fit") | {"exit_on_error": False},
     )
     return [_error(cli.parser, list(arguments)) for arguments in command_lines]
@@ -53,19 +77,73 @@ def errors_of(command_lines: Sequence[Sequence[str]]) -> list[str | None]:
 
 def _error(parser: LightningArgumentParser, arguments: list[str]) -> str | None:
     try:
-        parser.parse_args(arguments)
+        config = parser.parse_args(arguments)
+        built = parser.instantiate(config)
+        refuse_trainer(config.trainer, parser.get_defaults().trainer)
+        kept = _kept(built.run)
+        if kept is None:
+            _refuse_start(built)
+        else:
+            _refuse_change(built.run, kept, resolved_config(parser, config))
     except Exception as error:  # whatever it is, the run's own process would end with it
         return _explained(" ".join(str(error).split()))
     return None
 
 
+def _refuse_start(built: Any) -> None:
+    """What ``fit`` finds out before its first step, as far as neither weights nor data are needed."""
+    check_callbacks(built.trainer.callbacks or [])
+    module = built.model
+    # Where the machine decides how many devices: what does not divide for one does not for more.
+    plan_stages(module.stages, module.size, module.budget, devices=device_count(built.trainer) or 1)
+
+
+def _kept(run: RunConfig) -> dict[str, Any] | None:
+    """The configuration that the run began to train with; None before that, when ``fit`` would replace it."""
+    path = run.folder / CONFIG_NAME
+    begun = (run.folder / RECORD_NAME).exists() or resume_file(run.folder) is not None
+    if not begun or not path.is_file():
+        return None
+    kept: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return kept
+
+
+def _refuse_change(run: RunConfig, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+    changed = differences(kept, asked)
+    if not changed:
+        return
+    named = [_change(name, _value(kept, name), _value(asked, name)) for name in changed[:_NAMED]]
+    named += [f"{len(changed) - _NAMED} more"] if len(changed) > _NAMED else []
+    raise ValueError(
+        f"the run was started with another configuration: {', '.join(named)}; go back to {run.folder / CONFIG_NAME}, give the run another "
+        f"name in the matrix file (its name, or a label of an axis), or remove the folder {run.folder}"
+    )
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    short = not isinstance(old, dict | list) and not isinstance(new, dict | list)
+    return f"{name} was {json.dumps(old)}, now {json.dumps(new)}" if short else f"{name} differs"
+
+
+def _value(config: Any, name: str) -> Any:
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
 def _explained(message: str) -> str:
-    """The parser's message, made short where it is about a name."""
+    """The parser's message, made short where it is about a name, or about the value of an optional setting."""
     for pattern in _NOT_A_SETTING:
         found = pattern.search(message)
         if found is not None:
             return f"{'.'.join(found.groupdict().values())}: fit has no such setting"
-    return message
+    return _OF_EACH_TYPE.sub(_of_each_type, message)
+
+
+def _of_each_type(match: re.Match[str]) -> str:
+    """A section is left out: what is wrong inside is said already, and it is written as Python."""
+    value = "" if match["value"].startswith("Namespace(") else f". Got value: {match['value']}"
+    return match["errors"].replace(f" - {_NOT_NULL}", "") + value
 
 
 if __name__ == "__main__":

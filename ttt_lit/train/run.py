@@ -64,6 +64,35 @@ def _fsdp2(devices: Any, num_nodes: int) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=count * num_nodes, tensor_parallel_size=1)
 
 
+def device_count(trainer: Any) -> int | None:
+    """Devices of a run as Lightning reads them, a number or ids, on all nodes; None for ``auto`` and −1: the machine decides."""
+    if isinstance(trainer.devices, list):
+        return len(trainer.devices) * int(trainer.num_nodes)
+    ids = [one for one in str(trainer.devices).split(",") if one]
+    if len(ids) == 1 and (not ids[0].isdigit() or ids[0] == "0"):
+        return None
+    return (len(ids) if len(ids) > 1 else int(ids[0])) * int(trainer.num_nodes)
+
+
+def refuse_trainer(given: Any, default: Any) -> None:
+    """ValueError for settings of the Trainer that belong to the stages, the budget or ``run.*``, and for true half precision."""
+    wrong = [key for key in _FIXED if given[key] not in (default[key], _FIXED[key])]
+    wrong += [key for key in _REFUSED if given[key] != default[key]]
+    if wrong:
+        raise ValueError(
+            f"trainer: {', '.join(wrong)} follow from the run's stages and budget; remove them from the configuration"
+        )
+    if str(given.precision) not in (*PRECISIONS, "32", "None"):
+        raise ValueError(f"trainer.precision: got {given.precision}, expected {' or '.join(PRECISIONS)}")
+
+
+def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """What a parser has read, as the plain data that a run's folder keeps and a later start is compared with."""
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
+    plain.pop("config", None)
+    return plain
+
+
 def parser_settings(command: str) -> dict[str, Any]:
     """What every parser of a run's settings is made with. A setting is written out: its beginning could be another one tomorrow."""
     return {"default_config_files": [str(BASE)], "prog": f"cli.py {command}", "allow_abbrev": False}
@@ -75,15 +104,7 @@ class _CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self.config.trainer
-        default = self.parser.get_defaults().trainer
-        wrong = [key for key in _FIXED if given[key] not in (default[key], _FIXED[key])]
-        wrong += [key for key in _REFUSED if given[key] != default[key]]
-        if wrong:
-            raise ValueError(
-                f"trainer: {', '.join(wrong)} follow from the run's stages and budget; remove them from the configuration"
-            )
-        if str(given.precision) not in (*PRECISIONS, "32", "None"):
-            raise ValueError(f"trainer.precision: got {given.precision}, expected {' or '.join(PRECISIONS)}")
+        refuse_trainer(given, self.parser.get_defaults().trainer)
         if given.strategy == FSDP2:
             kwargs["strategy"] = _fsdp2(given.devices, given.num_nodes)
         if given.enable_progress_bar is False:  # Lightning takes it for a contradiction that base.yaml names a bar
@@ -141,8 +162,7 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
-    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
-    config.pop("config", None)
+    config = resolved_config(cli.parser, cli.config)
     run = RunConfig(**{field.name: getattr(cli.config.run, field.name) for field in dataclasses.fields(RunConfig)})
     cli.trainer.fit_loop.max_epochs = len(cli.model.stages.enabled())
     cli.model.run, cli.model.run_config = run, config

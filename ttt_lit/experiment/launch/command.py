@@ -9,17 +9,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 
 from ttt_lit.experiment.launch.check import Check, errors_in_a_process, faults
-from ttt_lit.experiment.launch.folder import recorded
 from ttt_lit.experiment.launch.local import LocalBackend, environments_for, usable_cores, visible_gpus
 from ttt_lit.experiment.launch.loop import Backend, Board, launch
-from ttt_lit.experiment.launch.slurm import SlurmBackend
+from ttt_lit.experiment.launch.slurm import SlurmBackend, cluster_arguments
 from ttt_lit.experiment.launch.table import Lines, LiveTable, counts
 from ttt_lit.experiment.matrix import PlannedRun, expand
 from ttt_lit.experiment.matrix_file import Matrix, read_matrix
+
+_CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 # The launcher's own table takes the place of a bar in every log file.
 _QUIET = ("--trainer.enable_progress_bar", "false")
@@ -39,8 +41,21 @@ class LaunchOptions:
 def planned_runs(options: LaunchOptions) -> tuple[Matrix, list[PlannedRun]]:
     """The runs of the matrix file, with the arguments that every launched run gets."""
     matrix = read_matrix(options.config)
-    runs = expand(matrix, root=options.root)
+    runs = expand(matrix, configs=_configs(), root=options.root)
     return matrix, [replace(run, arguments=(*run.arguments, *_QUIET)) for run in runs]
+
+
+def _configs() -> str:
+    """Folder of the arms: the one here, as the commands of the documentation have it, else that of the sources."""
+    here = Path("configs")
+    return str(here if (here / "base.yaml").is_file() else _CONFIGS)
+
+
+def placements(options: LaunchOptions, matrix: Matrix) -> list[tuple[str, ...]]:
+    """What each launcher adds to every run's arguments, the one that is asked for first."""
+    here: tuple[str, ...] = ()
+    cluster = cluster_arguments(matrix.slurm)
+    return [cluster, here] if options.launcher == "slurm" else [here, cluster]
 
 
 def launch_matrix(
@@ -51,12 +66,12 @@ def launch_matrix(
     Args:
         program: how to call the command line on this machine.
         entry: ``module:function`` of ``fit``, for jobs of a cluster.
-        check: says which runs have settings that ``fit`` cannot read; if there is one, nothing starts.
+        check: says which runs ``fit`` would refuse; if there is one, nothing starts.
     """
     matrix, runs = planned_runs(options)
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs: got {options.jobs}, expected at least 1")
-    if are_refused(options.config, [run for run in runs if not _is_finished(run)], check):
+    if are_refused(options, matrix, runs, check):
         return 1
     if options.launcher == "slurm":
         cluster = SlurmBackend(matrix.slurm, entry)
@@ -66,22 +81,14 @@ def launch_matrix(
     return run_to_end(matrix.name, runs, LocalBackend(program, environments), slots=slots, console=Console())
 
 
-def are_refused(config: str, runs: Sequence[PlannedRun], check: Check) -> bool:
-    """Whether ``fit`` would refuse settings of a run; says which."""
-    found = faults(config, runs, check)
+def are_refused(options: LaunchOptions, matrix: Matrix, runs: Sequence[PlannedRun], check: Check) -> bool:
+    """Whether ``fit`` would refuse a run; says which and why."""
+    found = faults(options.config, runs, placements(options, matrix), check)
     for line in found:
         _warn(f"error: {line}")
     if found:
-        _warn(f"{len(found)} of {len(runs)} runs have settings that fit does not take, so nothing was started")
+        _warn(f"fit would refuse {len(found)} of {len(runs)} runs, so nothing was started")
     return bool(found)
-
-
-def _is_finished(run: PlannedRun) -> bool:
-    try:
-        found = recorded(run.folder)
-    except (ValueError, OSError):  # the loop reports it as that run's failure
-        return False
-    return found is not None and found.status == "finished"
 
 
 def run_to_end(
@@ -113,8 +120,11 @@ def _stop(backend: Backend) -> None:
         _warn("the jobs go on without the launcher; the same command finds them again")
         return
     _warn("stopping the runs (Ctrl-C again kills them) …")
-    backend.stop()
-    _warn("stopped; the same command continues every run from its last resume file")
+    going_on = backend.stop()
+    if going_on:
+        _warn(f"{', '.join(going_on)} go on: another process began them; the same command finds them again")
+    others = " other" if going_on else ""
+    _warn(f"stopped; the same command continues every{others} run from its last resume file")
 
 
 def _summary(board: Board) -> int:

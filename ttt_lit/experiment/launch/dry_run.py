@@ -8,20 +8,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ttt_lit.experiment.devices import device_named
+from ttt_lit.experiment.devices import Device, device_named
 from ttt_lit.experiment.launch.check import Check
-from ttt_lit.experiment.launch.command import LaunchOptions, are_refused, planned_runs
-from ttt_lit.experiment.launch.folder import NotFinished, matched_budget, recorded
-from ttt_lit.experiment.launch.slurm import cluster_arguments
+from ttt_lit.experiment.launch.command import LaunchOptions, are_refused, placements, planned_runs
+from ttt_lit.experiment.launch.folder import NotFinished, kept_hours, matched_budget, recorded
 from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.plan import PlannedStage, PlanOptions, planned_stage
-from ttt_lit.experiment.plan_config import read_run
+from ttt_lit.experiment.plan_config import NotKnown, read_run
 from ttt_lit.experiment.plan_memory import Setting
+from ttt_lit.experiment.recommend import USABLE
 from ttt_lit.train.arguments import errors_of
 from ttt_lit.train.stage_flops import number_bytes
 
 # They say nothing about work or memory, so runs that differ in them share a plan.
 _NO_WORK = ("--run.", "--model.start.seed", "--data.seed", "--trainer.enable_progress_bar", "--trainer.plugins")
+
+_DEVICE = "h200"
+
+# Nothing of them is still to be paid: they are not started again.
+_ENDED = ("finished", "diverged")
+
+# Stands for GPU-hours that are not known yet, for the memory that a run needs.
+_SOME_HOURS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +40,48 @@ class Cost:
     """None: not known."""
     memory_bytes: float = 0.0
     """Of one device, at the peak of the hungriest stage."""
+    too_much: str = ""
+    """The memory that a device has for it, if that is less."""
     unknown: str = ""
     """Why nothing is known."""
     no_hours: str = ""
     """Why the GPU-hours are not known, and what to do about it."""
+    refused: str = ""
+    """Why ``fit`` would not train it."""
+    ended: bool = False
+    """Whether it will not be started again, so that nothing is left to pay."""
 
 
 def dry_run(options: LaunchOptions, planning: PlanOptions, *, check: Check = errors_of) -> int:
-    """Print what every run of the matrix would be. Returns the exit status: 1 if ``fit`` would refuse a run's settings."""
+    """Print what every run of the matrix would be. Returns the exit status: 1 if one would be refused, or its files cannot be read."""
     if planning.shape is not None and not Path(planning.shape).is_file():
         raise FileNotFoundError(f"--shape: {planning.shape} does not exist")
+    device_named(planning.device or _DEVICE, peak_tflops=planning.peak_tflops, memory_gib=planning.memory_gib)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     matrix, runs = planned_runs(options)
-    extra = cluster_arguments(matrix.slurm) if options.launcher == "slurm" else ()
-    if are_refused(options.config, runs, check):
+    if are_refused(options, matrix, runs, check):
         return 1
-    plans = _Plans(runs, extra, planning)
+    plans = _Plans(runs, placements(options, matrix)[0], planning)
+    costs = []
     for number, run in enumerate(runs):
-        print(f"[{number + 1}/{len(runs)}] {run.name}{_state(run)}")
-        print(f"  python cli.py fit {shlex.join(plans.arguments(run))}")
-        print(f"  {_budget(run)}; {_describe(plans.cost(run))}", flush=True)
-    print(_total([plans.cost(run) for run in runs]))
-    return 0
+        lines, cost = _described(run, plans)
+        print("\n".join([f"[{number + 1}/{len(runs)}] {lines[0]}", *lines[1:]]), flush=True)
+        costs.append(cost)
+    print(_total(costs))
+    return 1 if any(cost.refused for cost in costs) else 0
+
+
+def _described(run: PlannedRun, plans: _Plans) -> tuple[list[str], Cost]:
+    """A run's lines, and what is still to be paid for it."""
+    try:
+        status = _status(run)
+        command, budget = shlex.join(plans.command(run)), plans.budget(run)
+        cost = Cost(ended=True) if status in _ENDED else plans.cost(run)
+    except (ValueError, OSError) as error:  # its files; the other runs are not concerned
+        cost = _refused(error)
+        return [run.name, f"  {_describe(cost)}"], cost
+    name = run.name if status is None else f"{run.name} ({status})"
+    return [name, f"  python cli.py fit {command}", f"  {budget}; {_describe(cost)}"], cost
 
 
 class _Plans:
@@ -63,26 +91,45 @@ class _Plans:
         self.runs, self.extra, self.planning = {run.name: run for run in runs}, tuple(extra), planning
         self._known: dict[tuple[str, ...], Cost] = {}
 
-    def arguments(self, run: PlannedRun) -> tuple[str, ...]:
-        """Complete, where a wall-clock-matched run's baseline is finished."""
-        return (*run.with_budget(self._hours(run)), *self.extra)
+    def command(self, run: PlannedRun) -> tuple[str, ...]:
+        """Arguments of ``fit``. A budget that is not known yet is said in words, which ``fit`` does not take for a number."""
+        match, hours = run.gpu_hours, self._hours(run)
+        arguments = run.with_budget(hours)
+        if match is not None and hours is None:
+            arguments = (*run.with_budget(_SOME_HOURS)[:-1], f"<{match.share:g} × GPU-hours of {match.of}>")
+        return (*arguments, *self.extra)
+
+    def budget(self, run: PlannedRun) -> str:
+        match = run.gpu_hours
+        if match is None:
+            return "budget in GPU-hours" if run.tokens is None else f"budget {run.tokens:,} tokens"
+        share = f"budget {match.share * 100:g} % of {match.of}"
+        if self._hours(run) is not None:
+            return share
+        return f"{share}, which is not finished: the command can run once its GPU-hours are known"
 
     def cost(self, run: PlannedRun) -> Cost:
-        key = _work_of(self.arguments(run))
+        match, hours = run.gpu_hours, self._hours(run)
+        is_open = match is not None and hours is None
+        key = _work_of((*run.with_budget(_SOME_HOURS if is_open else hours), *self.extra))
         if key not in self._known:
             self._known[key] = _cost(list(key), self.planning)
         cost = self._known[key]
-        if run.gpu_hours is None or self._hours(run) is not None:
+        if match is None or not is_open:
             return cost
-        baseline = self.cost(self.runs[run.gpu_hours.of])
-        expected = None if baseline.gpu_hours is None else run.gpu_hours.share * baseline.gpu_hours
+        baseline = self.cost(self.runs[match.of])
+        expected = None if baseline.gpu_hours is None else match.share * baseline.gpu_hours
         return replace(cost, gpu_hours=expected, no_hours=baseline.no_hours)
 
     def _hours(self, run: PlannedRun) -> float | None:
-        if run.gpu_hours is None:
+        match = run.gpu_hours
+        if match is None:
             return None
+        if _status(run) in _ENDED:
+            kept = kept_hours(run.folder)
+            if kept is not None:
+                return kept
         try:
-            match = run.gpu_hours
             return matched_budget(run.folder, match.of, self.runs[match.of].folder, match.share).gpu_hours
         except NotFinished:
             return None
@@ -96,29 +143,39 @@ def _work_of(arguments: Sequence[str]) -> tuple[str, ...]:
 
 def _cost(arguments: list[str], planning: PlanOptions) -> Cost:
     try:
-        stages = _planned_stages(arguments, planning)
+        stages, device = _planned_stages(arguments, planning)
     except FileNotFoundError as error:
         text, cure = _missing(error)
         return Cost(unknown=text, no_hours=text + cure)
+    except NotKnown as error:
+        return Cost(unknown=str(error), no_hours=str(error))
     except (ValueError, OSError) as error:
-        text = " ".join(str(error).split())
-        return Cost(unknown=text, no_hours=text)
+        return _refused(error)
     hours = [stage.device_hours for stage in stages]
     known = None if None in hours else sum(one or 0.0 for one in hours)
+    memory = max(stage.memory.total for stage in stages)
+    fits = device.memory_gib is None or memory <= USABLE * device.memory_gib * 2**30
     return Cost(
         gpu_hours=known,
-        memory_bytes=max(stage.memory.total for stage in stages),
+        memory_bytes=memory,
+        too_much="" if fits else f"{USABLE:.0%} of {device.memory_gib:g} GiB",
         no_hours="" if known is not None else "the device has no published peak; give --peak-tflops",
     )
 
 
-def _planned_stages(arguments: list[str], planning: PlanOptions) -> list[PlannedStage]:
+def _refused(error: Exception) -> Cost:
+    text = " ".join(str(error).split())
+    return Cost(refused=text, no_hours=text)
+
+
+def _planned_stages(arguments: list[str], planning: PlanOptions) -> tuple[list[PlannedStage], Device]:
     run = read_run(arguments, planning.shape)
-    name = planning.device or ("cpu" if run.on_cpu else "h200")
+    name = planning.device or ("cpu" if run.on_cpu else _DEVICE)
     device = device_named(name, peak_tflops=planning.peak_tflops, memory_gib=planning.memory_gib)
     devices = planning.devices or run.devices
     setting = Setting(devices=devices, on_cpu=device.is_cpu, half=number_bytes(run.precision) == 2)
-    return [planned_stage(run, stage, device, setting, planning.utilisation) for stage in run.plans(devices)]
+    stages = [planned_stage(run, stage, device, setting, planning.utilisation) for stage in run.plans(devices)]
+    return stages, device
 
 
 def _missing(error: FileNotFoundError) -> tuple[str, str]:
@@ -130,18 +187,16 @@ def _missing(error: FileNotFoundError) -> tuple[str, str]:
     return f"{before.split(': ')[-1]} does not exist yet", "; until it does, give the network's shape with --shape FILE"
 
 
-def _state(run: PlannedRun) -> str:
+def _status(run: PlannedRun) -> str | None:
     found = recorded(run.folder)
-    return "" if found is None else f" ({found.status})"
-
-
-def _budget(run: PlannedRun) -> str:
-    if run.gpu_hours is not None:
-        return f"budget {run.gpu_hours.share * 100:g} % of {run.gpu_hours.of}"
-    return "budget in GPU-hours" if run.tokens is None else f"budget {run.tokens:,} tokens"
+    return None if found is None else found.status
 
 
 def _describe(cost: Cost) -> str:
+    if cost.ended:
+        return "nothing left to pay"
+    if cost.refused:
+        return f"error: {cost.refused}"
     if cost.unknown:
         return f"unknown: {cost.unknown}"
     hours = "GPU-hours not known" if cost.gpu_hours is None else f"{_hours(cost.gpu_hours)} GPU-hours"
@@ -150,18 +205,23 @@ def _describe(cost: Cost) -> str:
         if cost.memory_bytes >= 2**30
         else f"{cost.memory_bytes / 2**20:,.3g} MiB"
     )
-    return f"{hours}, {memory} on each device"
+    excess = f", MORE THAN {cost.too_much}" if cost.too_much else ""
+    return f"{hours}, {memory} on each device{excess}"
 
 
 def _total(costs: Sequence[Cost]) -> str:
-    known = [cost.gpu_hours for cost in costs if cost.gpu_hours is not None]
-    missing = len(costs) - len(known)
-    reasons = dict.fromkeys(cost.no_hours for cost in costs if cost.gpu_hours is None)
+    """The sum of what is still to be paid, and which runs are not in it."""
+    left = [cost for cost in costs if not cost.ended]
+    known = [cost.gpu_hours for cost in left if cost.gpu_hours is not None]
+    missing, ended = len(left) - len(known), len(costs) - len(left)
+    reasons = dict.fromkeys(cost.no_hours for cost in left if cost.gpu_hours is None)
     why = f" ({'; '.join(reasons)})" if missing else ""
-    if not known:
-        return f"{len(costs)} runs: GPU-hours not known{why}"
-    note = f"; {missing} not known and not in the sum{why}" if missing else ""
-    return f"{len(costs)} runs: {_hours(sum(known))} GPU-hours{note}"
+    parts = [f"{ended} finished or diverged and not in the sum"] if ended else []
+    if missing and not known:
+        return "; ".join([f"{len(costs)} runs: GPU-hours not known{why}", *parts])
+    parts += [f"{missing} not known and not in the sum{why}"] if missing else []
+    to_pay = " left to pay" if ended else ""
+    return "; ".join([f"{len(costs)} runs: {_hours(sum(known))} GPU-hours{to_pay}", *parts])
 
 
 def _hours(hours: float) -> str:

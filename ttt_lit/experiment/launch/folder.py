@@ -78,6 +78,18 @@ def matched_budget(folder: Path, of: str, baseline: Path, share: float) -> Match
     return made
 
 
+def kept_hours(folder: Path) -> float | None:
+    """GPU-hours that the run's first start fixed; None before that. ValueError for a file that cannot be read."""
+    path = folder / BUDGET_NAME
+    kept = read_json(path)
+    if kept is None:
+        return None
+    hours = kept.get("gpu_hours")
+    if not isinstance(hours, int | float):
+        raise ValueError(f"{path}: gpu_hours: got {hours!r}, expected a number; delete this file to match anew")
+    return float(hours)
+
+
 def _refuse_change(path: Path, kept: dict[str, Any], made: dict[str, Any]) -> None:
     changed = [f"{key} {kept.get(key)} → {value}" for key, value in made.items() if kept.get(key) != value]
     if changed:

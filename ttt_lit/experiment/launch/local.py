@@ -112,7 +112,7 @@ class LocalBackend:
             return Ending(log=log)
         return Ending(exit_status=status, since=written(run.folder / SLOT_NAME), log=log)
 
-    def stop(self) -> None:
+    def stop(self) -> list[str]:
         """Ask every run to stop, wait, then kill. A second Ctrl-C kills at once."""
         try:
             self._signal(signal.SIGTERM)
@@ -124,6 +124,7 @@ class LocalBackend:
             for job in self._jobs.values():
                 job.process.wait()
             self._jobs.clear()
+        return [name for name, one in self._adopted.items() if holder(one.run.folder) is not None]
 
     def _free(self) -> list[int]:
         taken = {job.slot for job in self._jobs.values()}

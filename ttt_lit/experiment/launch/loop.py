@@ -56,8 +56,8 @@ class Backend(Protocol):
         """Of a run that has ended."""
         ...
 
-    def stop(self) -> None:
-        """End what was started here; returns when it has ended. Harmless twice."""
+    def stop(self) -> list[str]:
+        """End what was started here; returns when it has ended. Harmless twice. Names the runs that go on: others began them."""
         ...
 
     @property
@@ -149,7 +149,7 @@ def _look_again(run: PlannedRun, board: Board, backend: Backend) -> None:
 def _outcome(found: Recorded | None, ending: Ending) -> tuple[State, str | None]:
     """How a run ended, from its record and what its backend knows."""
     said, reason = (None, None) if found is None else (found.status, found.reason)
-    if said == "finished" and not ending.exit_status:
+    if said == "finished":  # however the process ended after that: a later start would skip it
         return "finished", None
     if said == "diverged":
         return "diverged", reason

@@ -75,6 +75,11 @@ class SlurmBackend:
         self._jobs: dict[str, Any] = {}
 
     def adopt(self, run: PlannedRun) -> bool:
+        if holder(run.folder) is not None and self._has_ended(run):
+            del self._jobs[
+                run.name
+            ]  # ours was refused: another process trains the run, and its record tells how that ends
+            return True
         if run.name in self._jobs:
             return False
         job_id = _submitted(run)
@@ -87,6 +92,14 @@ class SlurmBackend:
                 return True
         return holder(run.folder) is not None
 
+    def _has_ended(self, run: PlannedRun) -> bool:
+        """Whether a job of ours is over; False where there is none."""
+        job = self._jobs.get(run.name)
+        if job is None:
+            return False
+        with _asking("look at", run):
+            return bool(job.done())
+
     def room(self) -> int | None:
         """The cluster has a queue."""
         return None
@@ -95,8 +108,15 @@ class SlurmBackend:
         job = FitJob(self.entry, (*arguments, *cluster_arguments(self.settings)))
         folder = run.folder / LOG_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        with _asking("submit", run):
-            submitted = self.cluster.submit(folder, job_parameters(self.settings, run.name), job)
+        parameters = job_parameters(self.settings, run.name)
+        # First: a launcher that dies after the submission would leave a job that nobody knows, and the next one would submit a second.
+        write_json(run.folder / JOB_NAME, {"job_id": None, "submitting": parameters["name"]})
+        try:
+            with _asking("submit", run):
+                submitted = self.cluster.submit(folder, parameters, job)
+        except BackendError:  # there is no job
+            (run.folder / JOB_NAME).unlink()
+            raise
         write_json(run.folder / JOB_NAME, {"job_id": submitted.job_id})
         self._jobs[run.name] = submitted
 
@@ -119,8 +139,9 @@ class SlurmBackend:
         log = run.folder / LOG_FOLDER / f"{job.job_id}_0_log.err"
         return Ending(since=written(run.folder / JOB_NAME), log=last_error(log))
 
-    def stop(self) -> None:
+    def stop(self) -> list[str]:
         """Jobs belong to the cluster: they go on, and a later launcher finds them."""
+        return list(self._jobs)
 
 
 def _submitted(run: PlannedRun) -> str | None:
@@ -129,6 +150,11 @@ def _submitted(run: PlannedRun) -> str | None:
     known = read_json(path)
     if known is None:
         return None
+    if known.get("submitting") is not None:
+        raise ValueError(
+            f"{path}: a launcher ended while it submitted the job {known['submitting']}; look whether the cluster has it "
+            f"(squeue --name {known['submitting']}), cancel it if so, and delete this file"
+        )
     if not isinstance(known.get("job_id"), str):
         raise ValueError(f"{path}: job_id is missing; delete this file if the job has ended")
     return str(known["job_id"])
