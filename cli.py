@@ -87,6 +87,7 @@ def _prepare(arguments: list[str]) -> int:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from ttt_lit.data.prepare import PrepareConfig, prepare
+    from ttt_lit.strict_yaml import check_config_files
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="cli.py prepare", description=_prepare.__doc__)
@@ -94,6 +95,7 @@ def _prepare(arguments: list[str]) -> int:
         "--config", action="config", help="YAML file of the settings below, e.g. configs/data/stdlib.yaml"
     )
     parser.add_class_arguments(PrepareConfig)
+    check_config_files(arguments)
     given = parser.parse_args(arguments).as_dict()
     given.pop("config")
     config = PrepareConfig(**given)

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "ttt_lit": (),
     "ttt_lit.metrics": (),
     "ttt_lit.identity": (),
+    "ttt_lit.strict_yaml": (),
     "ttt_lit.ops": ("ttt_lit.ops",),
     "ttt_lit.model": ("ttt_lit.ops", "ttt_lit.model"),
     "ttt_lit.model.spec": (),
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity"),
     "ttt_lit.train": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
-        *(f"ttt_lit.{name}" for name in ("metrics", "identity", "train")),
+        *(f"ttt_lit.{name}" for name in ("metrics", "identity", "strict_yaml", "train")),
     ),
     "ttt_lit.experiment": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
@@ -37,9 +38,8 @@ MAY_IMPORT = {
     ),
     "ttt_lit.experiment.record": ("ttt_lit.experiment.strict_json",),
     "ttt_lit.experiment.strict_json": (),
-    "ttt_lit.experiment.strict_yaml": (),
-    "ttt_lit.experiment.matrix_settings": ("ttt_lit.experiment.strict_yaml",),
-    "ttt_lit.experiment.matrix_file": ("ttt_lit.experiment.matrix_settings", "ttt_lit.experiment.strict_yaml"),
+    "ttt_lit.experiment.matrix_settings": ("ttt_lit.strict_yaml",),
+    "ttt_lit.experiment.matrix_file": ("ttt_lit.experiment.matrix_settings", "ttt_lit.strict_yaml"),
     "ttt_lit.experiment.matrix": ("ttt_lit.experiment.matrix_file", "ttt_lit.experiment.matrix_settings"),
     # A launcher starts at once: it reads files, and leaves training to the processes that it starts.
     "ttt_lit.experiment.launch": (

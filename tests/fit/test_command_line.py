@@ -51,6 +51,15 @@ def test_malicious_lightning_is_refused_before_it_is_imported(monkeypatch, one_l
     assert "malicious release (GHSA-w37p-236h-pfx3)" in one_line("fit", "--config", "configs/q_p1_bridge.yaml")
 
 
+@pytest.mark.parametrize("spelling", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("command", ["fit", "prepare"])
+def test_a_key_that_is_written_twice_is_refused_and_not_half_of_it_dropped(tmp_path, one_line, command, spelling):
+    path = tmp_path / "overlay.yaml"
+    path.write_text("model:\n  budget: {tokens: 4096}\nmodel:\n  inner: {lr: 0.5}\n")
+    message = one_line(command, *spelling.format(path).split())
+    assert f"{path}: line 3: the key model appears twice (first in line 1); remove one" in message
+
+
 def test_a_missing_checkpoint_names_the_import_command(world, tmp_path, one_line):
     arguments = tiny.arguments(world, tmp_path, f"--model.start.init_from={tmp_path}/none")
     assert f"{tmp_path}/none does not exist; make it with: python cli.py import" in one_line("fit", *arguments)

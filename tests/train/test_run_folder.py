@@ -132,6 +132,30 @@ def test_every_status_of_a_record_is_known(tmp_path, status):
         assert is_finished(tmp_path) == (status == "finished")
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.yaml", b"", r"config\.yaml: damaged, got NoneType, expected the run's settings"),
+        ("config.yaml", b"- 1", r"config\.yaml: damaged, got list"),
+        ("config.yaml", b"data: {seed: 0", r"config\.yaml: not YAML"),
+        ("checkpoints/last.json", b"{", r"last\.json: damaged, expected .*\"path\": NAME.* another run\.id"),
+        ("checkpoints/last.json", b"{}", r"last\.json: damaged"),
+        ("checkpoints/last.json", b"[1]", r"last\.json: damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_begun_run_is_one_line_and_the_file_stays(tmp_path, name, content, message):
+    folder = tmp_path / "run"
+    begin(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    if name != "config.yaml":  # a run without a record has begun if it can go on
+        (folder / "record.json").unlink()
+    with pytest.raises(ValueError, match=message) as caught, claimed(folder, CONFIG):
+        pass
+    assert "\n" not in str(caught.value)
+    assert (folder / name).read_bytes() == content
+
+
 def test_one_that_has_not_may_change_it(tmp_path):
     other = changed("data", "seed", 1)
     for config in (CONFIG, other):

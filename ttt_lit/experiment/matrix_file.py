@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ttt_lit.experiment.matrix_settings import Settings, leaves, overlap
-from ttt_lit.experiment.strict_yaml import read_yaml, require_plain
+from ttt_lit.strict_yaml import read_yaml, require_plain
 
 # They are parts of folder names and, joined by - and _, of run ids.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

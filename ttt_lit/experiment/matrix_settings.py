@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ttt_lit.experiment.strict_yaml import read_yaml, require_plain
+from ttt_lit.strict_yaml import read_yaml, require_plain
 
 Settings = dict[str, Any]
 """Dotted name → value, as ``fit`` takes them."""

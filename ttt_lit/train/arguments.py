@@ -12,17 +12,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.strict_yaml import check_config_files
 from ttt_lit.train.checks import check_callbacks
 from ttt_lit.train.module import TTTModule
-from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run import _CommandLine, device_count, parser_settings, refuse_trainer, resolved_config
 from ttt_lit.train.run_config import RunConfig
-from ttt_lit.train.run_folder import CONFIG_NAME, RECORD_NAME, differences
+from ttt_lit.train.run_folder import CONFIG_NAME, begun_config, differences
 from ttt_lit.train.stages import plan_stages
 
 # How the parser says that a setting does not exist, with the parts of its name.
@@ -77,10 +76,11 @@ def errors_of(command_lines: Sequence[Sequence[str]]) -> list[str | None]:
 
 def _error(parser: LightningArgumentParser, arguments: list[str]) -> str | None:
     try:
+        check_config_files(arguments)
         config = parser.parse_args(arguments)
         built = parser.instantiate(config)
         refuse_trainer(config.trainer, parser.get_defaults().trainer)
-        kept = _kept(built.run)
+        kept = begun_config(built.run.folder)
         if kept is None:
             _refuse_start(built)
         else:
@@ -96,16 +96,6 @@ def _refuse_start(built: Any) -> None:
     module = built.model
     # Where the machine decides how many devices: what does not divide for one does not for more.
     plan_stages(module.stages, module.size, module.budget, devices=device_count(built.trainer) or 1)
-
-
-def _kept(run: RunConfig) -> dict[str, Any] | None:
-    """The configuration that the run began to train with; None before that, when ``fit`` would replace it."""
-    path = run.folder / CONFIG_NAME
-    begun = (run.folder / RECORD_NAME).exists() or resume_file(run.folder) is not None
-    if not begun or not path.is_file():
-        return None
-    kept: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return kept
 
 
 def _refuse_change(run: RunConfig, kept: dict[str, Any], asked: dict[str, Any]) -> None:

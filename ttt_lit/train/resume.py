@@ -25,11 +25,18 @@ def checkpoints_folder(run: str | Path) -> Path:
 
 
 def resume_file(run: str | Path) -> Path | None:
-    """The file or folder from which a run goes on, or None. FileNotFoundError if the run points to one that is gone."""
+    """The file or folder from which a run goes on, or None. FileNotFoundError if the run points to one that is gone, ValueError if it
+    points nowhere."""
     pointer = Path(run) / "checkpoints" / POINTER
     if not pointer.is_file():
         return None
-    path = pointer.parent / json.loads(pointer.read_text(encoding="utf-8"))["path"]
+    try:
+        path = pointer.parent / json.loads(pointer.read_text(encoding="utf-8"))["path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{pointer}: damaged, expected {{"path": NAME}} with the name of the newest resume file beside it; write it, or start a run '
+            "with another run.id"
+        ) from error
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: the run points to this resume file, which is missing; start a run with another run.id"

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.strict_yaml import check_config_files
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run_config import RunConfig
@@ -149,6 +150,7 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    check_config_files(arguments)
     try:
         cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
             TTTModule,

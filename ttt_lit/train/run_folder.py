@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ttt_lit.strict_yaml import read_yaml
 from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
 
@@ -117,18 +118,34 @@ class _Before:
 
 def _keep_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the resolved configuration into a new run's folder; a run that has begun must have the same one."""
-    path = folder / CONFIG_NAME
-    if path.is_file():
-        changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
-        begun = (folder / RECORD_NAME).exists() or resume_file(folder) is not None
-        if changed and begun:
+    path, kept = folder / CONFIG_NAME, begun_config(folder)
+    if kept is not None:
+        changed = differences(kept, config)
+        if changed:
             raise ValueError(
                 f"{folder}: the run was started with another configuration ({', '.join(changed[:5])} differ); compare with {path}, and go "
                 "back to it, or make it a run of its own (a matrix: another name or a label of an axis; fit: another --run.id)"
             )
-        if not changed:
-            return
+        return
     _replace(path, yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def begun_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration that a run began to train with; None before that, when a start may bring another one.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / CONFIG_NAME
+    begun = (folder / RECORD_NAME).exists() or resume_file(folder) is not None
+    if not begun or not path.is_file():
+        return None
+    kept = read_yaml(path)
+    if not isinstance(kept, dict):
+        raise ValueError(
+            f"{path}: damaged, got {type(kept).__name__}, expected the run's settings; give another --run.id"
+        )
+    return kept
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

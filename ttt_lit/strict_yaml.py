@@ -1,13 +1,13 @@
 """YAML files as ``fit`` reads them, but strict: no key twice, plain values only, and every refusal is one line with file and line.
 
-YAML keeps the last of two equal keys; in a file of many runs the first one would be a run that silently is none. YAML and the standard
-library only.
+YAML keeps the last of two equal keys, and half of what somebody wrote would silently be nothing. YAML and the standard library only.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,21 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path}: too many brackets inside each other; is one not closed?") from error
     except (ValueError, LookupError, ArithmeticError) as error:  # from a constructor: !!int x, 0b_
         raise ValueError(f"{path}: a value that is not what its tag or form says ({_one_line(error)})") from error
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """ValueError as of ``read_yaml`` for a file that a command line gives as ``--config``. The command's own parser reads it again."""
+    for path in _config_files(arguments):
+        if os.path.isfile(path):  # else it is for the parser to say what it thinks of it
+            read_yaml(path)
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[str]:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--config":
+            yield following
+        elif argument.startswith("--config="):
+            yield argument.removeprefix("--config=")
 
 
 def require_plain(value: Any, where: str, name: str = "") -> None:
