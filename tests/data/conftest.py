@@ -8,6 +8,7 @@ import pytest
 from tiny_corpus import make_texts
 
 from ttt_lit.data.prepare import PrepareConfig, prepare
+from ttt_lit.data.stream import TokenDataModule
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,8 @@ def per_document(packed, packed_config, tmp_path_factory):
     output = tmp_path_factory.mktemp("long") / "data"
     prepare(replace(packed_config, output=str(output), context=64, layout="per_document"))
     return output
+
+
+@pytest.fixture
+def module(packed, per_document):
+    return TokenDataModule(short=str(packed), long=str(per_document), seed=5)

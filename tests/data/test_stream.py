@@ -1,15 +1,7 @@
-import dataclasses
+"""Batches: which blocks, in which order, for which rank, from which position."""
+
 import itertools
-import json
-import multiprocessing
-import os
 import pickle
-import shutil
-import signal
-import subprocess
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -17,30 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import indices, request
 
 import ttt_lit.data.shards as shards_module
-import ttt_lit.data.stream as stream_module
-from ttt_lit.data.manifest import Manifest, prepare_command
 from ttt_lit.data.order import SHARDS_PER_GROUP, ShuffledOrder, first_blocks
-from ttt_lit.data.stream import StreamRequest, TokenDataModule
-from ttt_lit.data.workers import STOP_SIGNALS
+from ttt_lit.data.stream import TokenDataModule
 
 # On one core torch finds any number of workers excessive.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def request(**changes):
-    defaults = {"dataset": "short", "split": "train", "block_tokens": 17, "batch_size": 4, "num_batches": 30}
-    return StreamRequest(**defaults | changes)
-
-
-def indices(stream):
-    return [batch["index"].tolist() for batch in stream]
-
-
-@pytest.fixture
-def module(packed, per_document):
-    return TokenDataModule(short=str(packed), long=str(per_document), seed=5)
 
 
 def test_a_batch_holds_the_blocks_it_names(module, packed):
@@ -119,79 +95,6 @@ def test_ranks_share_a_global_batch_as_one_process_reads_it(module, start):
     for whole, *parts in zip(alone, *two, strict=True):
         assert torch.equal(whole["tokens"], torch.cat([part["tokens"] for part in parts]))
         assert torch.equal(whole["index"], torch.cat([part["index"] for part in parts]))
-
-
-def test_any_number_of_workers_reads_the_same_and_leaves_the_random_state_alone(module, packed):
-    workers = TokenDataModule(short=str(packed), seed=5, num_workers=2)
-    state = torch.get_rng_state()
-    for split in ("train", "validation"):
-        wanted = request(split=split, num_batches=6, start_batch=1)
-        pairs = zip(module.open(wanted), workers.open(wanted), strict=True)
-        assert all(torch.equal(mine["tokens"], theirs["tokens"]) for mine, theirs in pairs)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_worker_reads_on_whatever_the_run_is_told_and_ends_when_the_run_ends_it(packed):
-    stream = iter(TokenDataModule(short=str(packed), num_workers=1).open(request()))
-    read = [next(stream)["index"].tolist()]
-    (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        subprocess.run(
-            ["kill", "-s", str(int(number)), str(worker.pid)], check=True
-        )  # by a process that is not its parent
-    assert read + indices(stream) == indices(TokenDataModule(short=str(packed)).open(request()))
-    stream = iter(TokenDataModule(short=str(packed), num_workers=1).open(request()))
-    next(stream)
-    (worker,) = multiprocessing.active_children()
-    worker.terminate()
-    worker.join(20)
-    ended = worker.exitcode
-    worker.kill()  # one that has not would keep this process from ending
-    assert ended == 0
-
-
-def test_a_worker_is_born_deaf_and_the_run_hears_again(module, monkeypatch):
-    def deaf_to():
-        return signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
-
-    born, batches = [], stream_module.DataLoader.__iter__
-
-    def start(loader):
-        born.append(deaf_to())
-        return batches(loader)
-
-    monkeypatch.setattr(stream_module.DataLoader, "__iter__", start)
-    module.num_workers = 1
-    assert len(indices(module.open(request(num_batches=1)))) == 1
-    assert born == [set(STOP_SIGNALS)]
-    assert deaf_to() == set()
-
-
-def _run_with_a_stuck_worker(folder, writer):
-    def read(*_):
-        writer.send(os.getpid())
-        time.sleep(600)
-
-    shards_module.TokenReader.read = read
-    next(iter(TokenDataModule(short=str(folder), num_workers=1).open(request())))
-
-
-def test_no_worker_survives_a_run_that_is_killed(packed):
-    """Not even one that waits for a disk: it holds a copy of the run's lock."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    run = multiprocessing.get_context("fork").Process(target=_run_with_a_stuck_worker, args=(packed, writer))
-    run.start()
-    writer.close()
-    worker = reader.recv()
-    run.kill()
-    run.join()
-    try:
-        assert reader.poll(20)  # the end of the pipe: nobody is left who could write
-        with pytest.raises(EOFError):
-            reader.recv()
-    except BaseException:
-        os.kill(worker, signal.SIGKILL)
-        raise
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -298,90 +201,6 @@ def test_the_model_must_have_the_vocabulary_and_the_tokenizer(module):
         module.check_model(300, "0" * 64)
 
 
-@pytest.fixture
-def damaged(packed, tmp_path):
-    shutil.copytree(packed, tmp_path / "data")
-    return tmp_path / "data"
-
-
-def test_whole_shards_pass_the_check(damaged):
-    TokenDataModule(short=str(damaged)).setup()
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("verify", ["full", "size"])
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "damaged, got .* bytes"),
-        (lambda path: path.write_bytes(b""), "damaged, got 0 bytes"),
-        (Path.unlink, "missing"),
-    ],
-)
-def test_a_damaged_shard_is_named_with_the_way_to_remake_it(damaged, damage, message, verify):
-    damage(damaged / "train" / "chunk-0-1.bin")
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=f"chunk-0-1.bin: {message}.*python cli.py prepare"
-    ) as caught:
-        TokenDataModule(short=str(damaged), verify=verify).setup()
-    assert "\n" not in str(caught.value)
-
-
-def test_flipped_bits_and_foreign_shards_are_found_by_their_contents(damaged):
-    flip(damaged / "validation" / "chunk-0-0.bin")
-    with pytest.raises(ValueError, match=r"validation/chunk-0-0\.bin: damaged or from another data set"):
-        TokenDataModule(short=str(damaged)).setup()
-    TokenDataModule(short=str(damaged), verify="size").setup()
-
-
-def test_ids_outside_the_vocabulary_are_found_when_read(damaged):
-    path = damaged / "train" / "chunk-0-0.bin"
-    words = np.fromfile(path, dtype=np.int32)
-    words[3:] = 300
-    words.tofile(path)
-    module = TokenDataModule(short=str(damaged), verify="size")
-    module.setup()
-    with pytest.raises(ValueError, match=r"chunk-0-0\.bin: damaged or from another tokenizer.*0…299"):
-        indices(module.open(request(num_batches=200)))
-
-
-def test_a_missing_folder_names_the_config_that_makes_it(tmp_path, monkeypatch):
-    configs = tmp_path / "configs" / "data"
-    configs.mkdir(parents=True)
-    (configs / "mine.yaml").write_text("output: artifacts/mine\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="artifacts/mine.*prepare --config configs/data/mine.yaml"):
-        TokenDataModule(short="artifacts/mine").setup()
-    assert prepare_command(Path("other")).endswith("configs/data/NAME.yaml")
-    Path("artifacts/mine.partial").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="unfinished"):
-        TokenDataModule(short="artifacts/mine").setup()
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [({"format_version": 99}, "format version 99"), ({"dtype": None, "new": 1}, "not a manifest")],
-)
-def test_a_manifest_of_another_kind_is_refused(damaged, changes, message):
-    path = damaged / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ValueError, match=message):
-        Manifest.load(damaged)
-
-
-@pytest.mark.parametrize("changes, message", [({"split": "other"}, "split"), ({"tokenizer_hash": "0"}, "tokenizers")])
-def test_short_and_long_must_share_tokenizer_and_split(damaged, per_document, changes, message):
-    manifest = dataclasses.replace(Manifest.load(damaged), **changes)
-    (damaged / "manifest.json").write_text(manifest.to_json())
-    with pytest.raises(ValueError, match=message):
-        TokenDataModule(short=str(damaged), long=str(per_document)).setup()
-
-
 def test_a_broken_torchvision_is_reported_before_training(packed, monkeypatch):
     monkeypatch.setattr(shards_module, "find_spec", lambda name: object())
 
@@ -443,14 +262,3 @@ def test_the_trainer_gets_one_stream_per_stage(module, tmp_path):
     assert shapes == [(0, 4, 17)] * 6 + [(1, 2, 65)] * 4
     assert [shape[3] for shape in recorder.seen[:6]] == indices(module.open(request(num_batches=6)))
     assert recorder.validated == 2 * indices(module.open(request(split="validation", num_batches=3)))
-
-
-def test_only_one_process_of_a_machine_reads_every_byte(damaged):
-    flip(damaged / "train" / "chunk-0-0.bin")
-    other = TokenDataModule(short=str(damaged))
-    other.trainer = SimpleNamespace(local_rank=1)
-    other.setup()
-    first = TokenDataModule(short=str(damaged))
-    first.trainer = SimpleNamespace(local_rank=0)
-    with pytest.raises(ValueError, match="SHA-256"):
-        first.setup()
