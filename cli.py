@@ -90,7 +90,7 @@ def _prepare(arguments: list[str]) -> int:
     from ttt_lit.strict_yaml import check_config_files
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="cli.py prepare", description=_prepare.__doc__)
+    parser = ArgumentParser(prog="cli.py prepare", description=_prepare.__doc__, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="YAML file of the settings below, e.g. configs/data/stdlib.yaml"
     )

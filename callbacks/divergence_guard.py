@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.train.divergence import DivergenceDetector, stop
+from ttt_lit.train.divergence import DivergenceDetector, end_diverged
 from ttt_lit.train.module import TTTModule
 
 
@@ -44,7 +44,7 @@ class DivergenceGuard(L.Callback):
             reason = "an inner update is not finite"
         if reason is not None:
             step = module.ledger.spent(module.plan.name).optimizer_steps
-            stop(trainer, module, f"stage {module.plan.name}, step {step}: {reason}")
+            end_diverged(trainer, module, f"stage {module.plan.name}, step {step}: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         return self.detector.state_dict()

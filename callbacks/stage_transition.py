@@ -37,7 +37,8 @@ class StageTransition(L.Callback):
         with module.ledger.account("validation"):
             proof = self._prove(module, index)
         module.history.stage(plan.name).transition = proof.to_dict()
-        for when, loss in (("before", proof.before), ("after", proof.after)):
+        # A conversion that must preserve the function and gives no number is wrong itself; that is said below.
+        for when, loss in (("before", proof.before), *(() if proof.preserves else (("after", proof.after),))):
             what = f"loss of a fixed batch {when} the transition into stage {plan.name}"
             stop_unless_finite(trainer, module, what, context=plan.context, losses={"off": loss})
         kind = "unchanged" if proof.preserves else "not function-preserving"

@@ -34,9 +34,9 @@ MAY_IMPORT = {
     ),
     "ttt_lit.experiment": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
-        *(f"ttt_lit.{name}" for name in ("metrics", "train", "experiment")),
+        *(f"ttt_lit.{name}" for name in ("metrics", "strict_yaml", "train", "experiment")),
     ),
-    "ttt_lit.experiment.record": ("ttt_lit.experiment.strict_json",),
+    "ttt_lit.experiment.record": ("ttt_lit.experiment.strict_json", "ttt_lit.train.status"),
     "ttt_lit.experiment.strict_json": (),
     "ttt_lit.experiment.matrix_settings": ("ttt_lit.strict_yaml",),
     "ttt_lit.experiment.matrix_file": ("ttt_lit.experiment.matrix_settings", "ttt_lit.strict_yaml"),
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     # A launcher starts at once: it reads files, and leaves training to the processes that it starts.
     "ttt_lit.experiment.launch": (
         "ttt_lit.train.lock",
+        "ttt_lit.train.status",
         *(f"ttt_lit.experiment.{name}" for name in ("launch", "matrix", "matrix_file", "record")),
     ),
     "ttt_lit.experiment.launch.dry_run": ("ttt_lit.experiment", "ttt_lit.train"),
@@ -61,7 +62,7 @@ STANDARD_LIBRARY_ONLY = (
     "ttt_lit.experiment.report",
     *(f"ttt_lit.experiment.launch.{name}" for name in ("progress", "folder", "slurm_job")),
     "ttt_lit.train.lock",
-    *(f"ttt_lit.train.{name}" for name in ("budget", "ledger", "schedule", "divergence")),
+    *(f"ttt_lit.train.{name}" for name in ("budget", "ledger", "schedule", "divergence", "status")),
 )
 TORCH_ONLY = ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt")
 # Found at run time, so imported inside a function.

@@ -40,9 +40,12 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path}: a value that is not what its tag or form says ({_one_line(error)})") from error
 
 
-def check_config_files(arguments: Sequence[str]) -> None:
-    """ValueError as of ``read_yaml`` for a file that a command line gives as ``--config``. The command's own parser reads it again."""
-    for path in _config_files(arguments):
+def check_config_files(arguments: Sequence[str], *defaults: str | Path) -> None:
+    """ValueError as of ``read_yaml`` for a file that a command line gives as ``--config``, or that is read before all of them.
+
+    The command's own parser reads them again.
+    """
+    for path in (*defaults, *_config_files(arguments)):
         if os.path.isfile(path):  # else it is for the parser to say what it thinks of it
             read_yaml(path)
 

@@ -115,7 +115,7 @@ def test_memory_that_a_device_does_not_have_is_said(plans, monkeypatch, capsys):
     stage = SimpleNamespace(device_hours=10.0, memory=SimpleNamespace(total=140 * 2**30))
     monkeypatch.setattr(module, "_planned_stages", lambda arguments, planning: ([stage], DEVICE))
     dry_run(OPTIONS, PlanOptions())
-    assert "140 GiB on each device, MORE THAN 9" in capsys.readouterr().out
+    assert "140 GiB on each device, MORE THAN 90% of 141 GiB" in capsys.readouterr().out
 
 
 def test_a_shape_that_is_not_there_is_an_error_and_not_a_run_without_hours(plans):

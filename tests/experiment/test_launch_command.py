@@ -14,7 +14,7 @@ from ttt_lit.experiment.launch import command, slurm
 from ttt_lit.experiment.launch.check import errors_in_a_process, faults
 from ttt_lit.experiment.matrix_file import SlurmSettings
 from ttt_lit.train.arguments import errors_of
-from ttt_lit.train.run import assemble
+from ttt_lit.train.run import assemble, fit
 from ttt_lit.train.run_folder import claimed
 
 
@@ -157,10 +157,38 @@ def test_a_run_that_began_with_other_settings_is_refused_whatever_its_record_say
     assert errors_of([(*asked, *changes[2])]) == [None]
 
 
-def checked(runs, placements=((),)):
+def test_where_a_run_that_has_ended_was_trained_does_not_matter(arm, tmp_path):
+    """Nor a setting that only one of two versions knows: nobody will start it again."""
+    asked = (*arm, "--run.root", str(tmp_path), "--run.id", "m")
+    elsewhere = (*asked, *slurm.cluster_arguments(SlurmSettings(gpus_per_node=2)))
+    folder = begun(asked)
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(kept | {"of_old": 1}))
+    for status, said in (("finished", None), ("diverged", None), ("interrupted", "of_old was 1, now null")):
+        (folder / "record.json").write_text(json.dumps({"status": status}))
+        found, other = errors_of([elsewhere, (*elsewhere, "--model.stages.C.lr", "1e-2")])
+        assert (found is None) if said is None else (said in found and "trainer.devices was 1, now 2" in found)
+        assert "model.stages.C.lr was 0.0003, now 0.01" in other
+
+
+def test_a_folder_that_cannot_be_read_is_left_to_its_runs_own_start(arm, tmp_path):
+    asked = [(*arm, "--run.root", str(tmp_path), "--run.id", str(number)) for number in range(3)]
+    broken = ("config.yaml", "record.json", "checkpoints/last.json")
+    folders = [begun(line) for line in asked]
+    for folder, name in zip(folders, broken, strict=True):
+        (folder / "checkpoints").mkdir()
+        (folder / name).write_text("{")
+    (folders[2] / "record.json").unlink()
+    assert errors_of(asked) == [None, None, None]
+    for line in asked:
+        with pytest.raises(ValueError, match="damaged"):
+            fit(list(line))
+
+
+def checked(runs):
     """Command lines that the check is given."""
     lines = []
-    faults("m.yaml", runs, placements, lambda asked: lines.extend(asked) or [None] * len(asked))
+    faults("m.yaml", runs, (), lambda asked: lines.extend(asked) or [None] * len(asked))
     return lines
 
 
@@ -168,29 +196,20 @@ def test_a_budget_in_hours_is_checked_as_the_first_start_fixed_it(runs_of):
     matched = {"arms": ["q_a"], "gpu_hours": {"of": "q_base", "shares": [0.5]}}
     baseline, run = runs = runs_of({"arms": ["q_base"]}, matched)
     assert checked(runs)[1] == run.with_budget(1.0)  # any number, and not the tokens of the file
+    run.folder.mkdir(parents=True)
+    (run.folder / "budget.json").write_text('{"gpu_hours": 0.25}')
+    assert checked(runs)[1] == run.with_budget(0.25)
+    (run.folder / "budget.json").unlink()
     baseline.folder.mkdir(parents=True)
     record = {"status": "finished", "totals": {"gpu_seconds": {"compute": 7200.0}}}
     (baseline.folder / "record.json").write_text(json.dumps(record))
     assert checked(runs)[1] == run.with_budget(1.0 * 7200 / 3600 * 0.5)
-    run.folder.mkdir(parents=True)
     (run.folder / "budget.json").write_text('{"gpu_hours": 0.25}')
-    assert checked(runs)[1] == run.with_budget(0.25)
-    (run.folder / "budget.json").write_text("{")
-    assert len(checked(runs)) == 1  # the run fails alone, later
-
-
-def test_a_finished_run_may_have_been_placed_by_another_launcher(runs_of):
-    (run,) = runs_of({"arms": ["q_a"]})
-
-    def check(lines):
-        return [None if "--trainer.devices" in line else "trainer.devices differ" for line in lines]
-
-    placements = [(), ("--trainer.devices", "8")]
-    assert faults("m.yaml", [run], placements, check) == ["m.yaml: runs[0]: q_a/m: trainer.devices differ"]
-    run.folder.mkdir(parents=True)
+    assert len(checked(runs)) == 1  # made from something else: the run fails alone, later
     (run.folder / "record.json").write_text('{"status": "finished"}')
-    assert faults("m.yaml", [run], placements, check) == []
-    assert faults("m.yaml", [run], placements[:1], check) != []
+    assert checked(runs)[1] == run.with_budget(0.25)  # which does not concern one that has ended
+    (run.folder / "budget.json").write_text("{")
+    assert len(checked(runs)) == 1
 
 
 def test_importing_the_launcher_loads_neither_torch_nor_lightning():

@@ -173,6 +173,23 @@ def test_a_launcher_that_dies_while_it_submits_causes_no_second_job(runs_of):
     assert on(later, [run]).is_finished
 
 
+def test_a_job_that_a_dead_launcher_submitted_is_watched_once_it_trains(runs_of):
+    (run,) = runs_of({"arms": ["q_a"]})
+    slurm.write_json(run.folder / "slurm.json", {"job_id": None, "submitting": "q_a-m"})
+    lock, seen = RunLock(run.folder), []
+    lock.acquire()
+
+    def view(board):
+        seen.append(board.states[run.name])
+        if len(seen) == 2:
+            recording("finished")(run.folder)
+            lock.release()
+
+    backend = slurm.SlurmBackend(SETTINGS, "fake_fit:main", Ended)
+    assert launch([run], backend, view, slots=None, poll_seconds=0.01).is_finished
+    assert seen[0] == "running"
+
+
 def test_a_file_of_a_job_that_cannot_be_read_fails_its_run_alone(runs_of):
     runs = runs_of({"arms": ["q_a"]}, {"arms": ["q_c"]})
     runs[0].folder.mkdir(parents=True)

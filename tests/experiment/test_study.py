@@ -106,8 +106,6 @@ def _with(record, name):
         record.model.num_parameters = 2
     elif name == "headline":
         record.headline = "off"
-    elif name == "devices":
-        record.environment.num_devices = 8
     else:
         record.stages[0].windows = [4096]
     return record
@@ -118,7 +116,6 @@ def _with(record, name):
     [
         ("network", "the network"),
         ("headline", "the setting that they are judged by"),
-        ("devices", "the number of devices"),
         ("window", "their stages"),
     ],
 )

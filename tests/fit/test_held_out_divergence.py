@@ -1,5 +1,6 @@
 """A held-out loss that is no number ends a run as diverged, wherever it is measured, and the record always tells how a run ended."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -10,11 +11,14 @@ import tiny
 import torch
 
 import cli
+from callbacks import stage_transition
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.start_validation import StartValidation
 from ttt_lit.checkpoint.store import load_checkpoint, save_checkpoint
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.train import run as run_module
+from ttt_lit.train import transition
+from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.run import assemble, fit
 
 
@@ -163,6 +167,19 @@ def test_a_start_that_computes_no_loss_is_not_trained(world, tmp_path, broken_ch
     assert record.stages[0].transition is None
     with pytest.raises(ValueError, match="this run diverged"):
         fit(arguments)
+
+
+def test_a_conversion_that_breaks_the_network_is_not_taken_for_broken_weights(world, tmp_path, monkeypatch):
+    def broken(*arguments, **others):
+        return dataclasses.replace(transition.prove_transition(*arguments, **others), after=float("nan"))
+
+    monkeypatch.setattr(stage_transition, "prove_transition", broken)
+    parts = assemble(tiny.arguments(world, tmp_path, steps=10), command="fit")
+    with pytest.raises(RuntimeError, match="nan after .*a conversion that preserves the function must agree") as caught:
+        parts.trainer.fit(parts.module, datamodule=parts.data)
+    assert not isinstance(caught.value, Diverged)
+    record = RunRecord.read(parts.run.folder)
+    assert (record.status, "must agree" in record.reason) == ("diverged", True)
 
 
 def test_without_a_start_validation_the_first_transition_finds_it(world, tmp_path, monkeypatch, broken_checkpoint):

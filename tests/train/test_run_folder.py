@@ -2,18 +2,18 @@
 
 import copy
 import json
-from typing import get_args
 
 import pytest
 import yaml
 
-from ttt_lit.experiment.record import Status
 from ttt_lit.train.lock import RunLock, holder
-from ttt_lit.train.run_folder import claimed, differences, is_finished
+from ttt_lit.train.run_folder import begun_config, claimed, differences, has_ended, is_finished
+from ttt_lit.train.status import STATUSES
 
 CONFIG = {
     "run": {"id": "x", "root": "runs"},
     "data": {"seed": 0, "num_workers": 0, "verify": "full"},
+    "model": {"stages": {"A": {"enabled": False, "lr": 1e-3}, "C": {"enabled": True, "lr": 3e-4}}},
     "trainer": {
         "precision": "32-true",
         "enable_progress_bar": True,
@@ -53,6 +53,8 @@ CALLBACKS = ("trainer", "callbacks")
         changed("run", "root", "/elsewhere/runs"),
         changed("data", "num_workers", 4),
         changed("data", "verify", "size"),
+        changed("model", "stages", "A", "lr", 2e-3),
+        changed("model", "stages", "A", None),
         changed(*CALLBACKS, 0, "init_args", "every_steps", 10),
         changed(*CALLBACKS, 2, "init_args", "every_seconds", 60.0),
         changed(*CALLBACKS, 4, "init_args", "every_seconds", 1.0),
@@ -70,6 +72,8 @@ def test_what_trains_nothing_makes_no_other_run(config):
     [
         (changed("data", "seed", 1), "data.seed"),
         (changed("trainer", "precision", "bf16-mixed"), "trainer.precision"),
+        (changed("model", "stages", "C", "lr", 2e-3), "model.stages.C.lr"),
+        (changed("model", "stages", "A", "enabled", True), "model.stages.A"),
         (changed("run", "verify", "size"), "run.verify"),
         (changed(*CALLBACKS, 1, "init_args", "window", 8), "trainer.callbacks"),
         (changed(*CALLBACKS, 2, "init_args", "optimizer", False), "trainer.callbacks"),
@@ -122,7 +126,7 @@ def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path, content, me
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("status", get_args(Status))
+@pytest.mark.parametrize("status", STATUSES)
 def test_every_status_of_a_record_is_known(tmp_path, status):
     (tmp_path / "record.json").write_text(json.dumps({"status": status, "reason": "loss is nan"}))
     if status == "diverged":
@@ -130,6 +134,17 @@ def test_every_status_of_a_record_is_known(tmp_path, status):
             is_finished(tmp_path)
     else:
         assert is_finished(tmp_path) == (status == "finished")
+    assert has_ended(tmp_path) == (status in ("finished", "diverged"))
+
+
+def test_a_text_that_looks_like_a_number_is_a_text_again(tmp_path):
+    """YAML of one kind writes 1e3 without quotes, and that of another reads a number."""
+    config = changed("run", "id", "1e3")
+    with claimed(tmp_path / "run", config):
+        (tmp_path / "run" / "record.json").write_text('{"status": "interrupted"}')
+    assert begun_config(tmp_path / "run") == config
+    with claimed(tmp_path / "run", config):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -137,7 +152,7 @@ def test_every_status_of_a_record_is_known(tmp_path, status):
     [
         ("config.yaml", b"", r"config\.yaml: damaged, got NoneType, expected the run's settings"),
         ("config.yaml", b"- 1", r"config\.yaml: damaged, got list"),
-        ("config.yaml", b"data: {seed: 0", r"config\.yaml: not YAML"),
+        ("config.yaml", b"data: {seed: 0", r"config\.yaml: damaged, got ParserError"),
         ("checkpoints/last.json", b"{", r"last\.json: damaged, expected .*\"path\": NAME.* another run\.id"),
         ("checkpoints/last.json", b"{}", r"last\.json: damaged"),
         ("checkpoints/last.json", b"[1]", r"last\.json: damaged"),

@@ -8,11 +8,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
-SAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-"""What asks a run to save at its next optimiser step: SIGTERM, and SIGUSR2 as a cluster's warning."""
-
-STOP_SIGNALS = (*SAVE_SIGNALS, signal.SIGINT)
-"""What a launcher, a cluster or a terminal sends to a run and all its workers at once, and that is the run's alone to handle."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+"""What a launcher, a cluster (SIGUSR2 is its warning) or a terminal sends to a run and all its workers at once, and that is the run's
+alone to handle: it saves at its next optimiser step."""
 
 _LOOK_SECONDS = 0.5
 

@@ -86,17 +86,23 @@ class Arm:
 
 
 def gpu_hours(record: RunRecord, account: Account) -> float | None:
-    """Device-hours of one run: its compute account, under ``with_parents`` with that of every parent; None: not known.
+    """Device-hours of one run: its compute account, under ``with_parents`` with that of every parent; None: not known."""
+    own = record.totals.gpu_seconds.get("compute")
+    if not _is_known(own) or (account == "with_parents" and unknown_parents(record)):
+        return None
+    parents = [parent.gpu_seconds or 0.0 for parent in record.parents] if account == "with_parents" else []
+    return ((own or 0.0) + sum(parents)) / 3600
 
-    A run that started from weights has parents; where its record names none, they are not known.
-    """
-    seconds: list[float | None] = [record.totals.gpu_seconds.get("compute")]
-    if account == "with_parents":
-        seconds += [parent.gpu_seconds for parent in record.parents]
-        if record.start.source is not None and not record.parents:
-            seconds.append(None)
-    known = [each for each in seconds if each is not None and math.isfinite(each)]
-    return sum(known) / 3600 if len(known) == len(seconds) else None
+
+def unknown_parents(record: RunRecord) -> list[str]:
+    """Names of the parents whose cost is not known; of a run that started from weights and names no parent, where they came from."""
+    if record.start.source is not None and not record.parents:
+        return [record.start.source]
+    return [parent.name for parent in record.parents if not _is_known(parent.gpu_seconds)]
+
+
+def _is_known(seconds: float | None) -> bool:
+    return seconds is not None and math.isfinite(seconds)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ttt_lit.experiment.arm import Account, Arm
+from ttt_lit.experiment.arm import Account, Arm, unknown_parents
 from ttt_lit.experiment.comparison import flags
 from ttt_lit.experiment.findings import MIN_LEARNT
 from ttt_lit.experiment.formats import counted
@@ -110,7 +110,6 @@ def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account
             yield f"the GPU-hours of {arm.name} are not known"
     if account == "with_parents":
         records = [record for arm in (*([] if baseline is None else [baseline]), *arms) for record in arm.records]
-        unknown = {parent.name for record in records for parent in record.parents if parent.gpu_seconds is None}
-        unknown |= {record.start.source for record in records if record.start.source and not record.parents}
+        unknown = {name for record in records for name in unknown_parents(record)}
         if unknown:
             yield f"the cost of parents is not known: {', '.join(sorted(unknown))}"

@@ -8,12 +8,11 @@ from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.record import RunRecord
 
 
-def settings(records: Sequence[RunRecord]) -> dict[str, set[object]]:
+def found_settings(records: Sequence[RunRecord]) -> dict[str, set[object]]:
     """What the runs of an arm have alike, with the values that were found."""
     return {
         "the network": {(each.model.num_parameters, tuple(each.model.ttt_layers)) for each in records},
         "the setting that they are judged by": {each.headline for each in records},
-        "the number of devices": {each.environment.num_devices for each in records},
         "their stages": {_plan(each) for each in records if each.status == "finished"},
     }
 

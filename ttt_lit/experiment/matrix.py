@@ -60,8 +60,8 @@ class PlannedRun:
     def folder(self) -> Path:
         return Path(self.root) / self.experiment / self.run_id
 
-    def with_budget(self, gpu_hours: float | None) -> tuple[str, ...]:
-        """The complete arguments, with the GPU-hours that ``self.gpu_hours`` came to."""
+    def with_budget(self, gpu_hours: float | str | None) -> tuple[str, ...]:
+        """The complete arguments, with the GPU-hours that ``self.gpu_hours`` came to, or what stands for them."""
         if gpu_hours is None:
             return self.arguments
         return (*self.arguments, "--model.budget.tokens", "null", "--model.budget.gpu_hours", argument(gpu_hours))

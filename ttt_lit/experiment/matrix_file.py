@@ -24,7 +24,9 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 SEEDS = ("model.start.seed", "data.seed")
 
-# A job is warned 300 seconds before its end. It starts, saves at the next optimiser step, and has to get further than it was.
+WARNING_SECONDS = 300
+"""How long before its end a cluster's job is warned."""
+# A job starts, saves at the next optimiser step after its warning, and has to get further than it was.
 _LEAST_MINUTES = 15
 
 
@@ -209,7 +211,7 @@ def _slurm(plain: Any, where: str) -> SlurmSettings:
         if key in ("partition", "account", "qos"):
             _expect(value is None or isinstance(value, str), value, f"{where}.{key}", "text")
         elif key == "timeout_min":
-            reason = "a run is warned 300 seconds before its job's end, and has to start, to train and to save"
+            reason = f"a run is warned {WARNING_SECONDS} seconds before its job's end, and has to start, to train and to save"
             enough = type(value) is int and value >= _LEAST_MINUTES
             _expect(enough, value, f"{where}.{key}", f"a whole number of minutes ≥ {_LEAST_MINUTES}: {reason}")
         else:

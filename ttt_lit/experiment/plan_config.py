@@ -15,10 +15,11 @@ from ttt_lit.convert.windowed import with_windows
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.families import family_of_config
 from ttt_lit.model.spec import ModelSpec
+from ttt_lit.strict_yaml import check_config_files
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import Origin, origin_of_checkpoint
-from ttt_lit.train.run import PRECISIONS, _CommandLine, device_count, parser_settings
+from ttt_lit.train.run import BASE, CLI_SETTINGS, PRECISIONS, _CommandLine, device_count, parser_settings
 from ttt_lit.train.stages import StagePlan, plan_stages
 from ttt_lit.train.start import Start, _with_prime
 
@@ -65,15 +66,13 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
     # LightningCLI warns about arguments passed in while sys.argv has some; these are the ones that were given.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    check_config_files(arguments, BASE)
     cli = _WithoutTrainer(
         TTTModule,
         TokenDataModule,
-        run=False,
         args=arguments,
-        save_config_callback=None,
-        seed_everything_default=False,
-        auto_configure_optimizers=False,
         parser_kwargs=parser_settings("plan"),
+        **CLI_SETTINGS | {"seed_everything_default": False},  # nothing is computed
     )
     module, trainer = cli.model, cli.config.trainer
     precision = "32-true" if str(trainer.precision) in ("32", "None") else str(trainer.precision)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ttt_lit.experiment.strict_json import decode, encode, refuse_constant
+from ttt_lit.train.status import Status
 
 SCHEMA_VERSION = 2
 RECORD_NAME = "record.json"
 
-Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 Mode = Literal["none", "static", "meta", "first_order"]
 Role = Literal["external", "fa_scratch", "fa_import", "bridge", "direct", "ttt_scratch", "control"]
 Headline = Literal["on", "off"]

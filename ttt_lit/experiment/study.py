@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ttt_lit.experiment.arm import Arm
-from ttt_lit.experiment.matching import settings, unequal
+from ttt_lit.experiment.matching import found_settings, unequal
 from ttt_lit.experiment.record import Role, RunRecord
 
 CANDIDATES: tuple[Role, ...] = ("bridge", "direct")
@@ -106,7 +106,7 @@ def _arm(records: Sequence[RunRecord]) -> Arm:
     roles = sorted({str(record.role) for record in records})
     if len(roles) > 1:
         problems.append(f"its runs have several roles: {', '.join(roles)}")
-    problems += [f"its seeds differ in {fact}" for fact, values in settings(records).items() if len(values) > 1]
+    problems += [f"its seeds differ in {fact}" for fact, values in found_settings(records).items() if len(values) > 1]
     return Arm(
         experiment=first.experiment,
         variant=first.variant,

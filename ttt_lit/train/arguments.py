@@ -10,6 +10,8 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -19,9 +21,17 @@ from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.strict_yaml import check_config_files
 from ttt_lit.train.checks import check_callbacks
 from ttt_lit.train.module import TTTModule
-from ttt_lit.train.run import _CommandLine, device_count, parser_settings, refuse_trainer, resolved_config
+from ttt_lit.train.run import (
+    BASE,
+    CLI_SETTINGS,
+    _CommandLine,
+    device_count,
+    parser_settings,
+    refuse_trainer,
+    resolved_config,
+)
 from ttt_lit.train.run_config import RunConfig
-from ttt_lit.train.run_folder import CONFIG_NAME, begun_config, differences
+from ttt_lit.train.run_folder import CONFIG_NAME, begun_config, differences, has_ended
 from ttt_lit.train.stages import plan_stages
 
 # How the parser says that a setting does not exist, with the parts of its name.
@@ -37,8 +47,19 @@ _OF_EACH_TYPE = re.compile(
 )
 _NOT_NULL = "Expected a <class 'NoneType'>"
 
+# How a launcher spreads a run over devices.
+_PLACEMENT = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.plugins")
+
 _NAMED = 5
 """So many differing settings are named; more would hide the advice."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run that has begun to train."""
+
+    config: dict[str, Any]
+    has_ended: bool
 
 
 class _ParserOnly(_CommandLine):
@@ -64,27 +85,24 @@ def errors_of(command_lines: Sequence[Sequence[str]]) -> list[str | None]:
     cli = _ParserOnly(
         TTTModule,
         TokenDataModule,
-        run=False,
-        save_config_callback=None,
-        seed_everything_default=0,  # as fit has it: it is part of the configuration that a folder keeps
-        auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_kwargs=parser_settings("fit") | {"exit_on_error": False},
+        **CLI_SETTINGS,
     )
     return [_error(cli.parser, list(arguments)) for arguments in command_lines]
 
 
 def _error(parser: LightningArgumentParser, arguments: list[str]) -> str | None:
     try:
-        check_config_files(arguments)
+        check_config_files(arguments, BASE)
         config = parser.parse_args(arguments)
         built = parser.instantiate(config)
         refuse_trainer(config.trainer, parser.get_defaults().trainer)
-        kept = begun_config(built.run.folder)
-        if kept is None:
+        begun = _begun(built.run.folder)
+        if begun is None:
             _refuse_start(built)
         else:
-            _refuse_change(built.run, kept, resolved_config(parser, config))
+            _refuse_change(built.run, begun, resolved_config(parser, config))
     except Exception as error:  # whatever it is, the run's own process would end with it
         return _explained(" ".join(str(error).split()))
     return None
@@ -98,8 +116,21 @@ def _refuse_start(built: Any) -> None:
     plan_stages(module.stages, module.size, module.budget, devices=device_count(built.trainer) or 1)
 
 
-def _refuse_change(run: RunConfig, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+def _begun(folder: Path) -> _Begun | None:
+    """None before a run has begun, and where its files cannot be read: its own start says so, and fails alone."""
+    try:
+        config = begun_config(folder)
+        return None if config is None else _Begun(config, has_ended(folder))
+    except (ValueError, OSError):
+        return None
+
+
+def _refuse_change(run: RunConfig, begun: _Begun, asked: dict[str, Any]) -> None:
+    kept = begun.config
     changed = differences(kept, asked)
+    if begun.has_ended:
+        # Nobody will start it again: where it ran does not matter, nor what only one of two versions knows.
+        changed = [name for name in changed if name not in _PLACEMENT and {name} <= _names(kept) & _names(asked)]
     if not changed:
         return
     named = [_change(name, _value(kept, name), _value(asked, name)) for name in changed[:_NAMED]]
@@ -108,6 +139,14 @@ def _refuse_change(run: RunConfig, kept: dict[str, Any], asked: dict[str, Any]) 
         f"the run was started with another configuration: {', '.join(named)}; go back to {run.folder / CONFIG_NAME}, give the run another "
         f"name in the matrix file (its name, or a label of an axis), or remove the folder {run.folder}"
     )
+
+
+def _names(config: Any, where: str = "") -> set[str]:
+    """Dotted names of all settings and sections."""
+    if not isinstance(config, dict):
+        return set()
+    below = {f"{where}{key}" for key in config}
+    return below.union(*(_names(value, f"{where}{key}.") for key, value in config.items()))
 
 
 def _change(name: str, old: Any, new: Any) -> str:

@@ -20,13 +20,16 @@ class Diverged(RuntimeError):
     """The run is not worth continuing. The message has the reason, the stage, the step and the last good checkpoint."""
 
 
-def stop(trainer: Any, module: Any, reason: str) -> NoReturn:
+def end_diverged(trainer: Any, module: Any, reason: str) -> NoReturn:
     """End a run that has diverged. Every rank must come to it: one that trained on would wait for the others in vain."""
     if module.entered < 0:
-        raise Diverged(
-            f"{reason}; nothing has been trained, because the weights to start from are broken ({module.start_config.init_from}). "
-            "Import them again, or start a new run from others"
+        start = module.start_config
+        cure = (
+            f"the weights to start from are broken ({start.init_from}). Import them again, or start a new run from others"
+            if start.init == "checkpoint"
+            else f"the network cannot compute as it was drawn (seed {start.seed}). Start a new run with another network"
         )
+        raise Diverged(f"{reason}; nothing has been trained, because {cure}")
     raise Diverged(
         f"{reason}; the last good checkpoint is {_last_good(trainer, module)}. Lower inner.lr or the stage's lr and start a new run"
     )
@@ -39,7 +42,7 @@ def stop_unless_finite(trainer: Any, module: Any, what: str, *, context: int, lo
     """
     reason = non_finite_loss(what, context=context, losses=losses)
     if reason is not None:
-        stop(trainer, module, reason)
+        end_diverged(trainer, module, reason)
 
 
 def non_finite_loss(what: str, *, context: int, losses: Mapping[str, float]) -> str | None:

@@ -69,10 +69,11 @@ def device_count(trainer: Any) -> int | None:
     """Devices of a run as Lightning reads them, a number or ids, on all nodes; None for ``auto`` and −1: the machine decides."""
     if isinstance(trainer.devices, list):
         return len(trainer.devices) * int(trainer.num_nodes)
-    ids = [one for one in str(trainer.devices).split(",") if one]
-    if len(ids) == 1 and (not ids[0].isdigit() or ids[0] == "0"):
-        return None
-    return (len(ids) if len(ids) > 1 else int(ids[0])) * int(trainer.num_nodes)
+    given = str(trainer.devices)
+    ids = [one for one in given.split(",") if one]
+    if "," in given and ids:
+        return len(ids) * int(trainer.num_nodes)
+    return int(given) * int(trainer.num_nodes) if given.isdigit() and given != "0" else None
 
 
 def refuse_trainer(given: Any, default: Any) -> None:
@@ -92,6 +93,15 @@ def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, A
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
     plain.pop("config", None)
     return plain
+
+
+# What LightningCLI is made with wherever a run's settings are read: they are part of the configuration that a folder keeps.
+CLI_SETTINGS: dict[str, Any] = {
+    "run": False,
+    "save_config_callback": None,
+    "seed_everything_default": 0,
+    "auto_configure_optimizers": False,
+}
 
 
 def parser_settings(command: str) -> dict[str, Any]:
@@ -150,17 +160,14 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    check_config_files(arguments)
+    check_config_files(arguments, BASE)
     try:
         cli = (_CommandLine if command == "fit" else _WithoutCallbacks)(
             TTTModule,
             TokenDataModule,
-            run=False,
             args=arguments,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
             parser_kwargs=parser_settings(command),
+            **CLI_SETTINGS,
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
@@ -197,7 +204,7 @@ def _train(parts: Assembled) -> int:
         _print(f"{folder}: continuing from {resume.name}")
     try:
         parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(resume) if resume else None)
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except SystemExit:  # what Lightning makes of Ctrl-C, and of a run that was told to stop
         last = resume_file(folder)
         _print(f"{folder}: the same command continues from {last.name if last else 'the beginning'}")
         raise KeyboardInterrupt from None

@@ -11,14 +11,11 @@ from typing import Any
 
 import yaml
 
-from ttt_lit.strict_yaml import read_yaml
 from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
+from ttt_lit.train.status import ENDED, STATUSES
 
 CONFIG_NAME, RECORD_NAME = "config.yaml", "record.json"
-
-STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
-"""What a record may say, as ``ttt_lit.experiment.record`` has it."""
 
 # Settings that change what is shown, or how fast and how safely the same numbers are made: no part of what a run is, so a start may
 # change them. Section, or class of a callback → its keys; None: the callback itself may come and go.
@@ -66,6 +63,12 @@ def is_finished(folder: Path) -> bool:
     if status == "diverged":
         raise ValueError(f"{folder}: this run diverged ({reason}); change the configuration and give another --run.id")
     return status == "finished"
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether no start would continue the run. ValueError for a damaged record."""
+    path = folder / RECORD_NAME
+    return path.is_file() and _ending(path)[0] in ENDED
 
 
 def _ending(path: Path) -> tuple[str, str | None]:
@@ -140,7 +143,10 @@ def begun_config(folder: Path) -> dict[str, Any] | None:
     begun = (folder / RECORD_NAME).exists() or resume_file(folder) is not None
     if not begun or not path.is_file():
         return None
-    kept = read_yaml(path)
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))  # as it was written: a text 1e3 is text again
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        kept = error
     if not isinstance(kept, dict):
         raise ValueError(
             f"{path}: damaged, got {type(kept).__name__}, expected the run's settings; give another --run.id"
@@ -154,13 +160,20 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what ``NOT_IDENTITY`` names."""
+    """The configuration without what ``NOT_IDENTITY`` names, and without the settings of stages that are off."""
     kept = {name: _without(section, NOT_IDENTITY.get(name, ())) for name, section in config.items()}
+    model = kept.get("model")
+    if isinstance(model, dict) and isinstance(model.get("stages"), dict):
+        kept["model"] = model | {"stages": {name: _if_enabled(stage) for name, stage in model["stages"].items()}}
     trainer = kept.get("trainer")
     if isinstance(trainer, dict) and trainer.get("callbacks"):
         named = [one for one in trainer["callbacks"] if NOT_IDENTITY.get(one["class_path"], ()) is not None]
         kept["trainer"] = trainer | {"callbacks": [_identity_of_callback(one) for one in named]}
     return kept
+
+
+def _if_enabled(stage: Any) -> Any:
+    return stage if isinstance(stage, dict) and stage.get("enabled") else None
 
 
 def _identity_of_callback(callback: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ttt_lit.experiment.launch.folder import NotFinished, kept_hours, matched_budget, recorded
+from ttt_lit.experiment.launch.folder import SOME_HOURS, matched_hours
 from ttt_lit.experiment.matrix import PlannedRun
 
 Check = Callable[[Sequence[Sequence[str]]], list[str | None]]
@@ -40,52 +40,25 @@ def errors_in_a_process(command_lines: Sequence[Sequence[str]]) -> list[str | No
     return found
 
 
-def faults(config: str, runs: Sequence[PlannedRun], placements: Sequence[Sequence[str]], check: Check) -> list[str]:
+def faults(config: str, runs: Sequence[PlannedRun], placement: Sequence[str], check: Check) -> list[str]:
     """One line for every run that ``fit`` would refuse: matrix file, entry, run, and what is wrong.
 
     A run whose files cannot be read is left to its own start, which fails alone.
 
     Args:
-        placements: what the launcher adds to every run's arguments, then what another launcher would have added. A finished run may
-            have been placed by either; nothing of the matrix file has changed then.
+        placement: what the launcher adds to every run's arguments.
     """
-    asked: list[tuple[str, ...]] = []
-    lines_of: dict[str, range] = {}
-    for run in runs:
-        arguments = _command_line(run, runs)
-        if arguments is not None:
-            lines = [(*arguments, *placement) for placement in (placements if _is_finished(run) else placements[:1])]
-            lines_of[run.name] = range(len(asked), len(asked) + len(lines))
-            asked += lines
-    errors = check(asked) if asked else []
-    faulty = [run for run in runs if run.name in lines_of and all(errors[line] for line in lines_of[run.name])]
-    return [f"{config}: {run.entry}: {run.name}: {errors[lines_of[run.name][0]]}" for run in faulty]
+    by_name = {run.name: run for run in runs}
+    lines = {run.name: line for run in runs if (line := _command_line(run, by_name)) is not None}
+    errors = check([(*line, *placement) for line in lines.values()]) if lines else []
+    found = dict(zip(lines, errors, strict=True))
+    return [f"{config}: {run.entry}: {run.name}: {found[run.name]}" for run in runs if found.get(run.name)]
 
 
-def _is_finished(run: PlannedRun) -> bool:
-    try:
-        found = recorded(run.folder)
-    except (ValueError, OSError):  # reported as that run's failure, later
-        return False
-    return found is not None and found.status == "finished"
-
-
-# Stands for GPU-hours that are not known yet.
-_SOME_HOURS = 1.0
-
-
-def _command_line(run: PlannedRun, runs: Sequence[PlannedRun]) -> tuple[str, ...] | None:
+def _command_line(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> tuple[str, ...] | None:
     """A run's arguments with the budget that it has, will have, or could have; None if its files cannot be read."""
-    match = run.gpu_hours
-    if match is None:
-        return run.arguments
     try:
-        hours = kept_hours(run.folder)
-        if hours is None:
-            baseline = next(other for other in runs if other.name == match.of)
-            hours = matched_budget(run.folder, match.of, baseline.folder, match.share).gpu_hours
-    except NotFinished:
-        hours = _SOME_HOURS
+        hours = matched_hours(run, runs)
     except (ValueError, OSError):
         return None
-    return run.with_budget(hours)
+    return run.with_budget(SOME_HOURS if hours is None and run.gpu_hours is not None else hours)

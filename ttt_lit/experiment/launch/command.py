@@ -51,11 +51,9 @@ def _configs() -> str:
     return str(here if (here / "base.yaml").is_file() else _CONFIGS)
 
 
-def placements(options: LaunchOptions, matrix: Matrix) -> list[tuple[str, ...]]:
-    """What each launcher adds to every run's arguments, the one that is asked for first."""
-    here: tuple[str, ...] = ()
-    cluster = cluster_arguments(matrix.slurm)
-    return [cluster, here] if options.launcher == "slurm" else [here, cluster]
+def placement(options: LaunchOptions, matrix: Matrix) -> tuple[str, ...]:
+    """What the launcher adds to every run's arguments."""
+    return cluster_arguments(matrix.slurm) if options.launcher == "slurm" else ()
 
 
 def launch_matrix(
@@ -83,7 +81,7 @@ def launch_matrix(
 
 def are_refused(options: LaunchOptions, matrix: Matrix, runs: Sequence[PlannedRun], check: Check) -> bool:
     """Whether ``fit`` would refuse a run; says which and why."""
-    found = faults(options.config, runs, placements(options, matrix), check)
+    found = faults(options.config, runs, placement(options, matrix), check)
     for line in found:
         _warn(f"error: {line}")
     if found:

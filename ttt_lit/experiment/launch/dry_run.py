@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ttt_lit.experiment.devices import Device, device_named
 from ttt_lit.experiment.launch.check import Check
-from ttt_lit.experiment.launch.command import LaunchOptions, are_refused, placements, planned_runs
-from ttt_lit.experiment.launch.folder import NotFinished, kept_hours, matched_budget, recorded
+from ttt_lit.experiment.launch.command import LaunchOptions, are_refused, placement, planned_runs
+from ttt_lit.experiment.launch.folder import SOME_HOURS, matched_hours, recorded
 from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.plan import PlannedStage, PlanOptions, planned_stage
 from ttt_lit.experiment.plan_config import NotKnown, read_run
@@ -19,17 +19,12 @@ from ttt_lit.experiment.plan_memory import Setting
 from ttt_lit.experiment.recommend import USABLE
 from ttt_lit.train.arguments import errors_of
 from ttt_lit.train.stage_flops import number_bytes
+from ttt_lit.train.status import ENDED
 
 # They say nothing about work or memory, so runs that differ in them share a plan.
 _NO_WORK = ("--run.", "--model.start.seed", "--data.seed", "--trainer.enable_progress_bar", "--trainer.plugins")
 
 _DEVICE = "h200"
-
-# Nothing of them is still to be paid: they are not started again.
-_ENDED = ("finished", "diverged")
-
-# Stands for GPU-hours that are not known yet, for the memory that a run needs.
-_SOME_HOURS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +56,7 @@ def dry_run(options: LaunchOptions, planning: PlanOptions, *, check: Check = err
     matrix, runs = planned_runs(options)
     if are_refused(options, matrix, runs, check):
         return 1
-    plans = _Plans(runs, placements(options, matrix)[0], planning)
+    plans = _Plans(runs, placement(options, matrix), planning)
     costs = []
     for number, run in enumerate(runs):
         lines, cost = _described(run, plans)
@@ -76,7 +71,8 @@ def _described(run: PlannedRun, plans: _Plans) -> tuple[list[str], Cost]:
     try:
         status = _status(run)
         command, budget = shlex.join(plans.command(run)), plans.budget(run)
-        cost = Cost(ended=True) if status in _ENDED else plans.cost(run)
+        # Nothing of a run that has ended is still to be paid: it is not started again.
+        cost = Cost(ended=True) if status in ENDED else plans.cost(run)
     except (ValueError, OSError) as error:  # its files; the other runs are not concerned
         cost = _refused(error)
         return [run.name, f"  {_describe(cost)}"], cost
@@ -93,25 +89,24 @@ class _Plans:
 
     def command(self, run: PlannedRun) -> tuple[str, ...]:
         """Arguments of ``fit``. A budget that is not known yet is said in words, which ``fit`` does not take for a number."""
-        match, hours = run.gpu_hours, self._hours(run)
-        arguments = run.with_budget(hours)
-        if match is not None and hours is None:
-            arguments = (*run.with_budget(_SOME_HOURS)[:-1], f"<{match.share:g} × GPU-hours of {match.of}>")
-        return (*arguments, *self.extra)
+        match, hours = run.gpu_hours, matched_hours(run, self.runs)
+        is_open = match is not None and hours is None
+        words = f"<{match.share:g} × GPU-hours of {match.of}>" if match is not None else None
+        return (*run.with_budget(words if is_open else hours), *self.extra)
 
     def budget(self, run: PlannedRun) -> str:
         match = run.gpu_hours
         if match is None:
             return "budget in GPU-hours" if run.tokens is None else f"budget {run.tokens:,} tokens"
         share = f"budget {match.share * 100:g} % of {match.of}"
-        if self._hours(run) is not None:
+        if matched_hours(run, self.runs) is not None:
             return share
         return f"{share}, which is not finished: the command can run once its GPU-hours are known"
 
     def cost(self, run: PlannedRun) -> Cost:
-        match, hours = run.gpu_hours, self._hours(run)
+        match, hours = run.gpu_hours, matched_hours(run, self.runs)
         is_open = match is not None and hours is None
-        key = _work_of((*run.with_budget(_SOME_HOURS if is_open else hours), *self.extra))
+        key = _work_of((*run.with_budget(SOME_HOURS if is_open else hours), *self.extra))
         if key not in self._known:
             self._known[key] = _cost(list(key), self.planning)
         cost = self._known[key]
@@ -120,19 +115,6 @@ class _Plans:
         baseline = self.cost(self.runs[match.of])
         expected = None if baseline.gpu_hours is None else match.share * baseline.gpu_hours
         return replace(cost, gpu_hours=expected, no_hours=baseline.no_hours)
-
-    def _hours(self, run: PlannedRun) -> float | None:
-        match = run.gpu_hours
-        if match is None:
-            return None
-        if _status(run) in _ENDED:
-            kept = kept_hours(run.folder)
-            if kept is not None:
-                return kept
-        try:
-            return matched_budget(run.folder, match.of, self.runs[match.of].folder, match.share).gpu_hours
-        except NotFinished:
-            return None
 
 
 def _work_of(arguments: Sequence[str]) -> tuple[str, ...]:

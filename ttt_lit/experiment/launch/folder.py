@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.record import RECORD_NAME
+from ttt_lit.train.status import ENDED
 
 LOG_NAME = "log.txt"
 BUDGET_NAME = "budget.json"
@@ -39,6 +42,10 @@ class MatchedBudget:
     compute_seconds: float
     """Compute device-seconds of the baseline."""
     gpu_hours: float
+
+
+SOME_HOURS = 1.0
+"""Stands for GPU-hours that are not known yet, where any number serves."""
 
 
 class NotFinished(ValueError):
@@ -88,6 +95,27 @@ def kept_hours(folder: Path) -> float | None:
     if not isinstance(hours, int | float):
         raise ValueError(f"{path}: gpu_hours: got {hours!r}, expected a number; delete this file to match anew")
     return float(hours)
+
+
+def matched_hours(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> float | None:
+    """GPU-hours that a wall-clock-matched run has or would be given; None: it is matched by tokens, or its baseline is not finished.
+
+    Args:
+        runs: EXPERIMENT/ID → run, with the baseline.
+
+    Raises:
+        ValueError: a file cannot be read, or the run, which may still go on, has a budget that was made from something else.
+    """
+    match, kept = run.gpu_hours, kept_hours(run.folder)
+    if match is None:
+        return None
+    found = recorded(run.folder)
+    if kept is not None and found is not None and found.status in ENDED:
+        return kept
+    try:
+        return matched_budget(run.folder, match.of, runs[match.of].folder, match.share).gpu_hours
+    except NotFinished:
+        return kept
 
 
 def _refuse_change(path: Path, kept: dict[str, Any], made: dict[str, Any]) -> None:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ttt_lit.experiment.launch.folder import last_error, read_json, write_json, written
+from ttt_lit.experiment.launch.folder import last_error, read_json, recorded, write_json, written
 from ttt_lit.experiment.launch.loop import BackendError, Ending
 from ttt_lit.experiment.launch.schedule import State
 from ttt_lit.experiment.launch.slurm_job import FitJob
 from ttt_lit.experiment.matrix import PlannedRun
-from ttt_lit.experiment.matrix_file import SlurmSettings
+from ttt_lit.experiment.matrix_file import WARNING_SECONDS, SlurmSettings
 from ttt_lit.train.lock import holder
 
 JOB_NAME = "slurm.json"
@@ -21,7 +21,6 @@ LOG_FOLDER = "slurm"
 
 # A long run may be cut off at the time limit as often as it needs; each time it continues.
 _TIMEOUTS = 1000
-_WARNING_SECONDS = 300
 _RUNNING = ("RUNNING", "COMPLETING")
 # Lightning would save inside the signal handler and requeue a second time.
 _NO_AUTO_REQUEUE = [
@@ -75,13 +74,15 @@ class SlurmBackend:
         self._jobs: dict[str, Any] = {}
 
     def adopt(self, run: PlannedRun) -> bool:
-        if holder(run.folder) is not None and self._has_ended(run):
-            del self._jobs[
-                run.name
-            ]  # ours was refused: another process trains the run, and its record tells how that ends
+        is_held = holder(run.folder) is not None
+        if is_held and self._has_ended(run):
+            # Ours was refused: another process trains the run, and its record tells how that ends.
+            del self._jobs[run.name]
             return True
         if run.name in self._jobs:
             return False
+        if is_held and _submitting(run) is not None:  # the job that a launcher did not live to note
+            return True
         job_id = _submitted(run)
         if job_id is not None:
             with _asking("find", run):
@@ -90,7 +91,7 @@ class SlurmBackend:
             if not ended:
                 self._jobs[run.name] = job
                 return True
-        return holder(run.folder) is not None
+        return is_held
 
     def _has_ended(self, run: PlannedRun) -> bool:
         """Whether a job of ours is over; False where there is none."""
@@ -114,7 +115,7 @@ class SlurmBackend:
         try:
             with _asking("submit", run):
                 submitted = self.cluster.submit(folder, parameters, job)
-        except BackendError:  # there is no job
+        except BackendError:  # if the cluster took it all the same, run.lock lets one of two jobs train
             (run.folder / JOB_NAME).unlink()
             raise
         write_json(run.folder / JOB_NAME, {"job_id": submitted.job_id})
@@ -141,7 +142,21 @@ class SlurmBackend:
 
     def stop(self) -> list[str]:
         """Jobs belong to the cluster: they go on, and a later launcher finds them."""
-        return list(self._jobs)
+        return []
+
+
+def _submitting(run: PlannedRun) -> Any:
+    """Name of the job that was being submitted when the file was last written; None: none was."""
+    return (read_json(run.folder / JOB_NAME) or {}).get("submitting")
+
+
+def _has_come_and_gone(run: PlannedRun) -> bool:
+    """Whether a job trained the run after that file was written, and is not one that the cluster would start again."""
+    found = recorded(run.folder)
+    noted = written(run.folder / JOB_NAME)
+    if found is None or found.status in ("running", "interrupted"):
+        return False
+    return found.written is not None and noted is not None and found.written >= noted
 
 
 def _submitted(run: PlannedRun) -> str | None:
@@ -150,10 +165,13 @@ def _submitted(run: PlannedRun) -> str | None:
     known = read_json(path)
     if known is None:
         return None
-    if known.get("submitting") is not None:
+    name = _submitting(run)
+    if name is not None:
+        if _has_come_and_gone(run):
+            return None
         raise ValueError(
-            f"{path}: a launcher ended while it submitted the job {known['submitting']}; look whether the cluster has it "
-            f"(squeue --name {known['submitting']}), cancel it if so, and delete this file"
+            f"{path}: a launcher ended while it submitted the job {name}; look whether the cluster has it (squeue --name {name}), "
+            "cancel it if so, and delete this file"
         )
     if not isinstance(known.get("job_id"), str):
         raise ValueError(f"{path}: job_id is missing; delete this file if the job has ended")
@@ -196,7 +214,7 @@ def job_parameters(settings: SlurmSettings, name: str) -> dict[str, Any]:
         "cpus_per_task": settings.cpus_per_task,
         "timeout_min": settings.timeout_min,
         "slurm_mem": f"{settings.mem_gb}G" if settings.mem_gb else "0",
-        "slurm_signal_delay_s": _WARNING_SECONDS,
+        "slurm_signal_delay_s": WARNING_SECONDS,
         "slurm_partition": settings.partition,
         "slurm_account": settings.account,
         "slurm_qos": settings.qos,

@@ -18,8 +18,10 @@ class TargetHours:
     """Of one arm, mean over seeds."""
 
     alone: float | None
-    """None: a seed never reached it, or the hours are not known."""
+    """None: a seed never reached it, or its hours are not known."""
     with_parents: float | None
+    timed: bool
+    """Whether the GPU-hours of every seed are known."""
     bound: bool
     """A seed was at the target at its first evaluation: the hours are an upper bound."""
 
@@ -27,7 +29,8 @@ class TargetHours:
     def texts(self) -> tuple[str, str]:
         """One per account."""
         if self.alone is None:
-            return "not reached", "not reached"
+            missing = "not reached" if self.timed else "not known"
+            return missing, missing
         return self._text(self.alone), "not known" if self.with_parents is None else self._text(self.with_parents)
 
     def _text(self, value: float) -> str:
@@ -43,5 +46,6 @@ def hours_to_reach(arm: Arm, target: float) -> TargetHours:
     return TargetHours(
         alone=hours_to_target(arm, target, "marginal"),
         with_parents=hours_to_target(arm, target, "with_parents"),
+        timed=arm.gpu_hours("marginal") is not None,
         bound=any(reached_at_once(record, target) for record in arm.records),
     )
