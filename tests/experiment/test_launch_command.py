@@ -167,7 +167,7 @@ def test_where_a_run_that_has_ended_was_trained_does_not_matter(arm, tmp_path):
     for status, said in (("finished", None), ("diverged", None), ("interrupted", "of_old was 1, now null")):
         (folder / "record.json").write_text(json.dumps({"status": status}))
         found, other = errors_of([elsewhere, (*elsewhere, "--model.stages.C.lr", "1e-2")])
-        assert (found is None) if said is None else (said in found and "trainer.devices was 1, now 2" in found)
+        assert (found is None) if said is None else (said in found and "trainer.devices" in found)
         assert "model.stages.C.lr was 0.0003, now 0.01" in other
 
 

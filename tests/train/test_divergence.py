@@ -94,19 +94,22 @@ def test_held_out_losses_that_are_numbers_stop_nothing_however_high():
 
 
 @pytest.mark.parametrize(
-    "entered, said",
+    "entered, init, said",
     [
-        (-1, "nothing has been trained, because the weights to start from are broken (imported)"),
-        (0, "the last good checkpoint is imported."),
-        (1, "checkpoints/B1."),
-        (2, "checkpoints/B2."),
+        (-1, "checkpoint", "nothing has been trained, because the weights to start from are broken (imported)"),
+        (-1, "scratch", "nothing has been trained, because the network cannot compute as it was drawn (seed 7)"),
+        (0, "checkpoint", "the last good checkpoint is imported."),
+        (0, "scratch", "there is no good checkpoint, since no stage has been finished."),
+        (1, "checkpoint", "checkpoints/B1."),
+        (2, "scratch", "checkpoints/B2."),
     ],
 )
-def test_who_stops_says_from_where_to_go_on(tmp_path, entered, said):
+def test_who_stops_says_from_where_to_go_on(tmp_path, entered, init, said):
     """The stage that diverged has no good checkpoint, the one before it has; before the first one there is only the start."""
     trainer = SimpleNamespace(default_root_dir=str(tmp_path))
     plans = [SimpleNamespace(name=name) for name in ("B1", "B2", "C")]
-    module = SimpleNamespace(entered=entered, plans=plans, start_config=SimpleNamespace(init_from="imported"))
+    start = SimpleNamespace(init=init, init_from="imported", seed=7)
+    module = SimpleNamespace(entered=entered, plans=plans, start_config=start)
     stop_unless_finite(trainer, module, "loss", context=8, losses={"off": 3.0})
     with pytest.raises(Diverged, match=r"^loss at context 8 with inner updates off is nan; ") as error:
         stop_unless_finite(trainer, module, "loss", context=8, losses={"off": math.nan})

@@ -30,9 +30,7 @@ def end_diverged(trainer: Any, module: Any, reason: str) -> NoReturn:
             else f"the network cannot compute as it was drawn (seed {start.seed}). Start a new run with another network"
         )
         raise Diverged(f"{reason}; nothing has been trained, because {cure}")
-    raise Diverged(
-        f"{reason}; the last good checkpoint is {_last_good(trainer, module)}. Lower inner.lr or the stage's lr and start a new run"
-    )
+    raise Diverged(f"{reason}; {_last_good(trainer, module)}. Lower inner.lr or the stage's lr and start a new run")
 
 
 def stop_unless_finite(trainer: Any, module: Any, what: str, *, context: int, losses: Mapping[str, float]) -> None:
@@ -52,10 +50,14 @@ def non_finite_loss(what: str, *, context: int, losses: Mapping[str, float]) -> 
 
 
 def _last_good(trainer: Any, module: Any) -> str:
-    """The checkpoint of the last finished stage, else the run's start. A resume file may hold weights that were on their way out."""
-    if module.entered == 0:
-        return str(module.start_config.init_from)
-    return str(checkpoints_folder(trainer.default_root_dir) / module.plans[module.entered - 1].name)
+    """In words: the checkpoint of the last finished stage, else the run's start. A resume file may hold weights that were on their way out."""
+    if module.entered > 0:
+        path = checkpoints_folder(trainer.default_root_dir) / module.plans[module.entered - 1].name
+    elif module.start_config.init == "checkpoint":
+        path = module.start_config.init_from
+    else:
+        return "there is no good checkpoint, since no stage has been finished"
+    return f"the last good checkpoint is {path}"
 
 
 class DivergenceDetector:
