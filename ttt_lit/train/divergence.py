@@ -50,7 +50,7 @@ def non_finite_loss(what: str, *, context: int, losses: Mapping[str, float]) -> 
 
 
 def _last_good(trainer: Any, module: Any) -> str:
-    """In words: the checkpoint of the last finished stage, else the run's start. A resume file may hold weights that were on their way out."""
+    """In words: the last finished stage's checkpoint, else the run's start. A resume file may hold weights that were on their way out."""
     if module.entered > 0:
         path = checkpoints_folder(trainer.default_root_dir) / module.plans[module.entered - 1].name
     elif module.start_config.init == "checkpoint":
