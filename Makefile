@@ -1,5 +1,5 @@
 # make demo             install, then watch a pretrained dense model become a TTT-E2E model (about 9 minutes on 2 CPU cores)
-# make matrix-demo      all ten arms of both families at demo size, then the report (at most 90 minutes on 2 CPU cores)
+# make matrix-demo      all ten arms of both families at demo size, then the report (about an hour on 2 CPU cores)
 # make matrix-wallclock the same for Qwen's bridge at shares of the baseline's GPU-hours, then the report (about 15 minutes more)
 # make test             install if needed, then run the tests
 # make check            lint, formatting, types, layering
