@@ -184,6 +184,9 @@ def _matrix(arguments: list[str]) -> int:
     given = vars(parser.parse_args(arguments))
     dry_run = given.pop("dry_run")
     launched = {key: given.pop(key) for key in ("config", "launcher", "jobs", "root")}
+    ignored = [key for key, value in given.items() if value != parser.get_default(key)]
+    if ignored and not dry_run:
+        parser.error(f"--{ignored[0].replace('_', '-')} is for the planner: add --dry-run, or leave it out")
     from ttt_lit.experiment.launch.command import LaunchOptions, launch_matrix
 
     options = LaunchOptions(**launched)

@@ -102,6 +102,7 @@ REFUSED = [
         ("--model.budget.tokens", "12345"),
         "budget: 12345 tokens are not whole optimiser steps of 4096 tokens; use 12288 or 16384",
     ),
+    (("--model.budget.tokens", "65536"), "stage B1: gets a single optimiser step, whose learning rate is 0"),
     (("--model.stages.B1.window_share", "2.0"), "stages: window_share: got 2.0, expected more than 0 and at most 1"),
     (("--trainer.max_steps", "5"), "trainer: max_steps follow from the run's stages and budget; remove them"),
     (("--trainer.callbacks", "[]"), "trainer.callbacks: got none of ours, expected FairnessBudget"),

@@ -54,7 +54,8 @@ def matched(*shares):
         (entry(axes={"a": LR, "b": LR}), "a sets model.inner.lr and b sets model.inner.lr"),
         (entry(axes={"a": LR, "b": {"x": {}, "y": {"model.inner": None}}}), "overwrite each other"),
         (entry(gpu_hours={"of": "q_b"}), "shares is missing"),
-        (entry(gpu_hours=matched(0)), "positive numbers"),
+        (entry(gpu_hours=matched(0)), "numbers up to 10"),
+        (entry(gpu_hours=matched(35)), r"0\.35 is 35 %"),
         (
             entry(gpu_hours=matched(0.333333333, 0.33333334)),
             "gpu_hours.shares: 0.333333333 and 0.33333334 are both 0.333333 in a run's id; remove one, or write shares that differ",

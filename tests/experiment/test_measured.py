@@ -52,6 +52,13 @@ def test_one_document_is_shown_as_a_point_without_an_interval():
     assert "95%" not in text
 
 
+def test_a_run_of_a_seed_too_many_is_said_beside_the_number_that_it_spoils():
+    text = sentences([baseline(), bridge(), bridge(run_id="again")])
+    assert "(flagged)" in text
+    assert "Flagged, so it is no evidence: q_p1_bridge: 2 runs of seed 0: q_p1_bridge/again, q_p1_bridge/s0" in text
+    assert "Flagged" not in sentences([baseline(), bridge()])
+
+
 def test_one_document_decides_nothing():
     small = [
         baseline(["0"]),

@@ -88,6 +88,14 @@ def test_two_runs_of_a_seed_are_a_problem_of_the_arm():
     assert any("2 runs of seed 0" in flag for flag in flags(arm))
 
 
+def test_of_two_runs_of_a_seed_the_longest_finished_one_stands_whatever_it_is_called():
+    tried, cut = bridge(run_id="a", mean=9.0), bridge(run_id="b", mean=8.0, status="interrupted", reason="why")
+    tried.totals.tokens //= 10
+    arm = only_arm(tried, cut, bridge(run_id="z"))
+    assert [record.run_id for record in arm.records] == ["z"]
+    assert "3 runs of seed 0" in arm.problems[0]
+
+
 def test_two_baselines_are_none():
     study = read_study([baseline(), run("another", "ttt_scratch", losses(3.0))])
     assert study.families["qwen2"].baseline is None

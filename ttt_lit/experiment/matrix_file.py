@@ -28,6 +28,8 @@ WARNING_SECONDS = 300
 """How long before its end a cluster's job is warned."""
 # A job starts, saves at the next optimiser step after its warning, and has to get further than it was.
 _LEAST_MINUTES = 15
+# More than that of a baseline's GPU-hours is a percentage that was taken for a share.
+_MOST_SHARES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,12 @@ def _axes(plain: Any, where: str) -> dict[str, dict[str, Settings]]:
     owner: dict[str, str] = {}
     for axis, labels in plain.items():
         name = _string(axis, where, _PART)
-        _expect(isinstance(labels, Mapping) and len(labels) > 1, labels, f"{where}.{name}", "at least two labels")
+        _expect(
+            isinstance(labels, Mapping) and len(labels) > 1,
+            labels,
+            f"{where}.{name}",
+            "at least two labels, each with its settings",
+        )
         axes[name] = _labels(labels, f"{where}.{name}")
         keys = {key for settings in axes[name].values() for key in settings}
         for key in keys:
@@ -187,8 +194,13 @@ def _time_match(plain: Any, where: str) -> TimeMatch:
     shares = _list(given["shares"], f"{where}.shares")
     named: dict[str, float] = {}  # as the run's id writes it → share
     for share in shares:
-        number = type(share) in (int, float) and 0 < share < float("inf")
-        _expect(number, share, f"{where}.shares", "positive numbers")
+        number = type(share) in (int, float) and 0 < share <= _MOST_SHARES
+        _expect(
+            number,
+            share,
+            f"{where}.shares",
+            f"numbers up to {_MOST_SHARES} (1 is as long as the baseline, 0.35 is 35 %)",
+        )
         if f"{share:g}" in named:
             raise ValueError(
                 f"{where}.shares: {named[f'{share:g}']} and {share} are both {share:g} in a run's id; remove one, or write shares that "

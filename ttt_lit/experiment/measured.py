@@ -114,6 +114,9 @@ def _sentences(family: FamilyStudy, each: CandidateGates, differences: Mapping[s
         f"Against full attention: {_to_control('imported', family.fa_import, found['fa_import'])}; "
         f"{_to_control('from scratch', family.fa_scratch, found['fa_scratch'])}."
     )
+    if baseline is not None and baseline.problems + arm.problems:
+        flagged = [f"{each.name}: {problem}" for each in (arm, baseline) for problem in each.problems]
+        yield f"Flagged, so it is no evidence: {'; '.join(flagged)}."
 
 
 def _to_control(words: str, control: Arm | None, comparison: Comparison | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 
 from ttt_lit.checkpoint.receipt import Receipt
 from ttt_lit.convert.windowed import with_windows
@@ -19,6 +19,7 @@ from ttt_lit.strict_yaml import check_config_files
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import Origin, origin_of_checkpoint
+from ttt_lit.train.parser_errors import explained
 from ttt_lit.train.run import BASE, CLI_SETTINGS, PRECISIONS, _CommandLine, device_count, parser_settings
 from ttt_lit.train.stages import StagePlan, plan_stages
 from ttt_lit.train.start import Start, _with_prime
@@ -67,13 +68,16 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     check_config_files(arguments, BASE)
-    cli = _WithoutTrainer(
-        TTTModule,
-        TokenDataModule,
-        args=arguments,
-        parser_kwargs=parser_settings("plan"),
-        **CLI_SETTINGS | {"seed_everything_default": False},  # nothing is computed
-    )
+    try:
+        cli = _WithoutTrainer(
+            TTTModule,
+            TokenDataModule,
+            args=arguments,
+            parser_kwargs=parser_settings("plan"),
+            **CLI_SETTINGS | {"seed_everything_default": False},  # nothing is computed
+        )
+    except ArgumentError as error:
+        raise ValueError(explained(error)) from error
     module, trainer = cli.model, cli.config.trainer
     precision = "32-true" if str(trainer.precision) in ("32", "None") else str(trainer.precision)
     if precision not in PRECISIONS:

@@ -97,7 +97,7 @@ def _arms(records: Sequence[RunRecord]) -> tuple[Arm, ...]:
 
 
 def _arm(records: Sequence[RunRecord]) -> Arm:
-    """``records``: sorted by seed and run id. Of runs with the same seed the first by id stands for it, and the arm has a problem."""
+    """``records``: sorted by seed and run id. Of runs with the same seed one stands for it, and the arm has a problem."""
     problems, first = [], records[0]
     for seed, count in Counter(record.seed for record in records).items():
         if count > 1:
@@ -113,9 +113,14 @@ def _arm(records: Sequence[RunRecord]) -> Arm:
         share=first.share,
         role=first.role,
         family=first.model.family,
-        records=tuple({record.seed: record for record in reversed(records)}[seed] for seed in _seeds(records)),
+        records=tuple(_longest([record for record in records if record.seed == seed]) for seed in _seeds(records)),
         problems=tuple(problems),
     )
+
+
+def _longest(records: Sequence[RunRecord]) -> RunRecord:
+    """What stands for several runs of one seed: finished before unfinished, then the one that trained most, then the first."""
+    return max(records, key=lambda record: (record.status == "finished", record.totals.tokens))
 
 
 def _seeds(records: Iterable[RunRecord]) -> list[int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.strict_yaml import check_config_files
-from ttt_lit.train.checks import check_callbacks
+from ttt_lit.train.checks import check_callbacks, check_steps
 from ttt_lit.train.module import TTTModule
+from ttt_lit.train.parser_errors import explained
 from ttt_lit.train.run import (
     BASE,
     CLI_SETTINGS,
@@ -33,19 +33,6 @@ from ttt_lit.train.run import (
 from ttt_lit.train.run_config import RunConfig
 from ttt_lit.train.run_folder import CONFIG_NAME, begun_config, differences, has_ended
 from ttt_lit.train.stages import plan_stages
-
-# How the parser says that a setting does not exist, with the parts of its name.
-_NOT_A_SETTING = (
-    re.compile(r"unrecognized arguments: --(?P<name>[^\s=]+)"),
-    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'"),
-    re.compile(r'Parser key "(?P<group>[\w.]+)": .*Option \'(?P<name>[\w.]+)\' is not accepted'),
-)
-# How it says that a value of an optional setting is refused: what each of its types says, and the value at length.
-_OF_EACH_TYPE = re.compile(
-    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (?P<errors>.*) Given value type: "
-    r".* Given value: (?P<value>.*)"
-)
-_NOT_NULL = "Expected a <class 'NoneType'>"
 
 # How a launcher spreads a run over devices.
 _PLACEMENT = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.plugins")
@@ -86,7 +73,7 @@ def errors_of(command_lines: Sequence[Sequence[str]]) -> list[str | None]:
         TTTModule,
         TokenDataModule,
         load_from_checkpoint_support=False,
-        parser_kwargs=parser_settings("fit") | {"exit_on_error": False},
+        parser_kwargs=parser_settings("fit"),
         **CLI_SETTINGS,
     )
     return [_error(cli.parser, list(arguments)) for arguments in command_lines]
@@ -104,7 +91,7 @@ def _error(parser: LightningArgumentParser, arguments: list[str]) -> str | None:
         else:
             _refuse_change(built.run, begun, resolved_config(parser, config))
     except Exception as error:  # whatever it is, the run's own process would end with it
-        return _explained(" ".join(str(error).split()))
+        return explained(error)
     return None
 
 
@@ -113,7 +100,7 @@ def _refuse_start(built: Any) -> None:
     check_callbacks(built.trainer.callbacks or [])
     module = built.model
     # Where the machine decides how many devices: what does not divide for one does not for more.
-    plan_stages(module.stages, module.size, module.budget, devices=device_count(built.trainer) or 1)
+    check_steps(plan_stages(module.stages, module.size, module.budget, devices=device_count(built.trainer) or 1))
 
 
 def _begun(folder: Path) -> _Begun | None:
@@ -158,21 +145,6 @@ def _value(config: Any, name: str) -> Any:
     for key in name.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
-
-
-def _explained(message: str) -> str:
-    """The parser's message, made short where it is about a name, or about the value of an optional setting."""
-    for pattern in _NOT_A_SETTING:
-        found = pattern.search(message)
-        if found is not None:
-            return f"{'.'.join(found.groupdict().values())}: fit has no such setting"
-    return _OF_EACH_TYPE.sub(_of_each_type, message)
-
-
-def _of_each_type(match: re.Match[str]) -> str:
-    """A section is left out: what is wrong inside is said already, and it is written as Python."""
-    value = "" if match["value"].startswith("Namespace(") else f". Got value: {match['value']}"
-    return match["errors"].replace(f" - {_NOT_NULL}", "") + value
 
 
 if __name__ == "__main__":

@@ -48,21 +48,27 @@ def check_callbacks(callbacks: Sequence[L.Callback]) -> None:
         )
 
 
+def check_steps(plans: Sequence[StagePlan]) -> None:
+    """Every stage trains something."""
+    for plan in plans:
+        if plan.budget.steps == 1 and plan.config.schedule.warmup_share > 0:
+            raise ValueError(
+                f"stage {plan.name}: gets a single optimiser step, whose learning rate is 0 by the warm-up, so nothing would be trained; "
+                "raise its share or the budget, or set schedule.warmup_share: 0"
+            )
+
+
 def check_stages(
     plans: Sequence[StagePlan], start: Start, config: StartConfig, inner: InnerLoop, size: SizeConfig
 ) -> None:
     """Modes need TTT layers and a rate, kept layers must exist, and the validation context needs whole chunks."""
+    check_steps(plans)
     for plan in plans:
         mode = plan.config.mode
         unknown = sorted(set(plan.config.full_attention_layers) - set(range(start.spec.num_layers)))
         if unknown:
             raise ValueError(
                 f"stage {plan.name}: full_attention_layers: got {unknown}, expected layer indices from 0 to {start.spec.num_layers - 1}"
-            )
-        if plan.budget.steps == 1 and plan.config.schedule.warmup_share > 0:
-            raise ValueError(
-                f"stage {plan.name}: gets a single optimiser step, whose learning rate is 0 by the warm-up, so nothing would be trained; "
-                "raise its share or the budget, or set schedule.warmup_share: 0"
             )
         updated = plan.config.updated_layers
         if updated is not None and (not updated or set(updated) - set(start.spec.ttt_layers)):

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.strict_yaml import check_config_files
 from ttt_lit.train.module import TTTModule
+from ttt_lit.train.parser_errors import explained
 from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run_config import RunConfig
 from ttt_lit.train.run_folder import claimed, is_finished
@@ -106,7 +107,12 @@ CLI_SETTINGS: dict[str, Any] = {
 
 def parser_settings(command: str) -> dict[str, Any]:
     """What every parser of a run's settings is made with. A setting is written out: its beginning could be another one tomorrow."""
-    return {"default_config_files": [str(BASE)], "prog": f"cli.py {command}", "allow_abbrev": False}
+    return {
+        "default_config_files": [str(BASE)],
+        "prog": f"cli.py {command}",
+        "allow_abbrev": False,
+        "exit_on_error": False,  # its own way out prints every setting that there is before the one that is wrong
+    }
 
 
 class _CommandLine(LightningCLI):
@@ -169,6 +175,8 @@ def assemble(arguments: list[str], *, command: str) -> Assembled:
             parser_kwargs=parser_settings(command),
             **CLI_SETTINGS,
         )
+    except ArgumentError as error:
+        raise ValueError(explained(error)) from error
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
     config = resolved_config(cli.parser, cli.config)
@@ -209,6 +217,7 @@ def _train(parts: Assembled) -> int:
         _print(f"{folder}: the same command continues from {last.name if last else 'the beginning'}")
         raise KeyboardInterrupt from None
     _leave_process_group()
+    _print(f"{folder}: finished; python cli.py report {folder} shows what came out")
     return 0
 
 

@@ -15,7 +15,7 @@ from ttt_lit.experiment.study import FamilyStudy, read_study
 from ttt_lit.experiment.unfinished import marked
 from ttt_lit.experiment.verdict import Gate
 
-MAX_REASONS = 8
+MAX_REASONS = 12
 """Up to which a family's reasons are printed."""
 
 
@@ -53,7 +53,7 @@ def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences:
     shares = (f"GPU-hours ÷ baseline's, {words}" for words in ACCOUNT_WORDS.values())
     return Table(
         title=f"Wall-clock budgets of {family.family} (nats per token)",
-        header=("run", *shares, "loss", "Δ baseline, 95% interval", ""),
+        header=("run", *shares, "loss", "Δ baseline, 95% interval", "evidence"),
         rows=rows,
     )
 
@@ -94,8 +94,8 @@ def reason_lines(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[
     if not candidates:
         return []
     if len(candidates) > MAX_REASONS:
-        where = "report.md and gates.csv, written with --output FOLDER"
-        return [f"Gates of {family.family}: the {len(candidates)} reasons stand in {where}"]
+        where = "report.md and gates.csv, which --output FOLDER writes"
+        return [f"Gates of {family.family}: {len(candidates)} different reasons, all of them in {where}"]
     lines = [f"Gates of {family.family}: reasons"]
     for (gate_name, reason), names in candidates.items():
         about = "" if len(names) == len(judged) else f" of {', '.join(names)}"

@@ -19,8 +19,13 @@ def problems(study: Study, differences: Mapping[str, Mapping[str, Differences]])
     """Everything that keeps a run or a comparison from being taken at face value; ``differences``: by family and arm."""
     arms = [arm for family in study.families.values() for arm in family.arms]
     compared = [each for family in differences.values() for arm in family.values() for each in arm.values() if each]
-    found = [*study.problems, *_missing(study), *(flag for arm in arms for flag in flags(arm))]
-    found = list(dict.fromkeys([*found, *(reason for each in compared for reason in each.reasons)]))
+    reasons = [
+        *(flag for arm in arms for flag in flags(arm)),
+        *(reason for each in compared for reason in each.reasons),
+    ]
+    # A family's problem is said with its name; the same without it would be said twice.
+    known = {problem.partition(": ")[2] for problem in study.problems}
+    found = list(dict.fromkeys([*study.problems, *_missing(study), *(each for each in reasons if each not in known)]))
     unfinished = [record for arm in arms for record in arm.records if record.status != "finished"]
     blocks: list[Block] = [Heading(level=2, text="Flags and problems")]
     blocks.append(Listing(items=tuple(found)) if found else Paragraph(text="None."))
