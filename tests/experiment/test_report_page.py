@@ -9,47 +9,25 @@ import subprocess
 import sys
 
 import pytest
-from records import CONTEXT, point, run, validation
+from page_records import arm
 
 import cli
 from ttt_lit.experiment.comparison import compare_all
 from ttt_lit.experiment.formats import interval_text
 from ttt_lit.experiment.gates import MAX_LAST_RISE, judge_candidates
 from ttt_lit.experiment.page import write_report
-from ttt_lit.experiment.page.blocks import Grid, Listing, Paragraph
+from ttt_lit.experiment.page.blocks import Listing, Paragraph
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.differences import family_differences
 from ttt_lit.experiment.page.html import html_page
 from ttt_lit.experiment.page.parts.closing import across, problems, reading
 from ttt_lit.experiment.page.parts.runs import run_table
-from ttt_lit.experiment.page.sheets import runs_csv
-from ttt_lit.experiment.record import Bucket, Model, Parent, Start, Throughput, Transition
+from ttt_lit.experiment.record import Model, Parent, Start
 from ttt_lit.experiment.study import read_study
 
 HOSTILE = "evil<script>alert(1)</script>|\"'[x](y)`$\\frac$&"
 COMMAND = "python cli.py report runs --output <out>"
-DOCUMENTS = [f"{number:012x}" for number in range(12)]
 CONTROLS = ("q_static", "q_swa_only", "q_first_order", "q_ttt_at_evaluation")
-
-
-def arm(experiment, role, loss, *, hours, seed=0, noise=0.0, **fields):
-    """A run whose evaluations, buckets, speed and transition are there to be drawn."""
-    scatter = {each: 0.1 * math.sin(number) + noise * (number % 3) for number, each in enumerate(DOCUMENTS)}
-    final = validation({each: loss + by for each, by in scatter.items()})
-    edges = [0, 64, 1024, 8192, CONTEXT]
-    final.buckets = [
-        Bucket(start=start, stop=stop, nats_per_token=loss - 0.1 * place)
-        for place, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))
-    ]
-    series = [point(hours * share, loss + 0.5 * (1 - share)) for share in (0.25, 0.5, 0.75, 0.95)]
-    whole = {"parents": [] if role.endswith("scratch") else [Parent(name="free", gpu_seconds=0.0)]}
-    record = run(experiment, role, {}, seed=seed, hours=hours, final=final, evaluations=series, **(whole | fields))
-    stage = record.stages[0]
-    stage.throughput = Throughput(
-        tokens_per_second=1e5, seconds_per_1k_tokens=0.01, flop_per_token=1.0, flop_per_second=1.0
-    )
-    stage.transition = Transition(kind="window", preserves=True, before=3.1, after=3.1, tolerance=1e-5)
-    return record
 
 
 def qwen():
@@ -292,47 +270,6 @@ def test_csv_has_a_row_per_run_and_stage_and_one_per_gate(records, folder):
     ]
 
 
-def test_csv_and_final_take_the_same_of_two_contexts():
-    record = arm("q", "bridge", 2.6, hours=1)
-    record.stages[0].validations.append(validation({"0": 9.0}, context=2 * CONTEXT))
-    (row,) = csv.DictReader(io.StringIO(runs_csv([record]), newline=""))
-    assert float(row["loss_inner_on"]) == record.final().nats_per_token
-    assert float(row["bits_per_byte_inner_on"]) == record.final().bits_per_byte
-
-
-def test_csv_says_which_hours_to_the_target_are_an_upper_bound():
-    quick = arm("quick", "bridge", 1.7, hours=100, parents=[Parent(name="x", gpu_seconds=36_000.0)])
-    slow, never = arm("slow", "direct", 2.4, hours=100), arm("never", "control", 9.0, hours=100)
-    made_it = arm("external", "external", 2.0, hours=100)
-    text = runs_csv([arm("a", "ttt_scratch", 2.5, hours=100), quick, slow, never, made_it])
-    rows = {row["experiment"]: row for row in csv.DictReader(io.StringIO(text, newline=""))}
-    columns = [f"gpu_hours_to_target{end}" for end in ("", "_with_parents", "_is_upper_bound")]
-    found = {name: [row[column] for column in columns] for name, row in rows.items()}
-    assert found["quick"] == ["25.0", "35.0", "true"]
-    assert found["slow"][2] == "false"
-    assert 50 < float(found["slow"][0]) < 95
-    assert found["never"] == ["", "", ""]
-    assert rows["never"]["target_loss"] == rows["a"]["target_loss"] != ""
-    assert rows["external"]["target_loss"] == ""
-    assert [row["stage"] for row in rows.values()] == ["C"] * 5
-
-
-def test_the_table_of_hours_to_the_target_has_the_figures_numbers():
-    quick = arm("quick", "bridge", 1.7, hours=100, parents=[Parent(name="x", gpu_seconds=36_000.0)])
-    runs = [arm("a", "ttt_scratch", 2.5, hours=100), arm("never", "control", 9.0, hours=100)]
-    (without,) = (grid for grid in target_grids(runs))
-    (found,) = (grid for grid in target_grids([*runs, quick]))
-    assert "≤" not in without.caption
-    assert "≤: at the target at the first evaluation" in found.caption
-    rows = {row[0]: row[1:] for row in found.rows}
-    assert rows == {"a": ("95", "95"), "never": ("not reached", "not reached"), "quick": ("≤ 25", "≤ 35")}
-
-
-def target_grids(records):
-    blocks = build_page(read_study(records), {"qwen2": []}, records, command="x").blocks
-    return [block for block in blocks if isinstance(block, Grid) and block.caption.startswith("GPU-hours to")]
-
-
 def test_families_are_compared_with_the_bytes_that_they_were_measured_on():
     qwen_run, gemma_run = arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), gemma()[0]
     gemma_run.stages[0].validations[0].bytes = 70_964
@@ -367,13 +304,6 @@ def test_the_page_says_what_stable_convergence_does_with_an_interval_around_zero
     (rule,) = (b.text for b in reading(records, "x") if isinstance(b, Paragraph) and b.text.startswith("Insufficient"))
     assert "The one exception is stable convergence" in rule
     assert f"nowhere above {MAX_LAST_RISE:g}" in rule
-
-
-def test_no_text_of_a_csv_is_a_formula_and_negative_numbers_stay_numbers():
-    record = arm("=1+1", "control", -0.5, hours=1, run_id="r", status="failed", reason="@x")
-    (row,) = csv.DictReader(io.StringIO(runs_csv([record]), newline=""))
-    assert (row["run"], row["experiment"], row["reason"]) == ("'=1+1/r", "'=1+1", "'@x")
-    assert float(row["loss_inner_on"]) < 0
 
 
 def files_of(folder):

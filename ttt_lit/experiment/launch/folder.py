@@ -8,11 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ttt_lit.experiment.matrix import PlannedRun
 from ttt_lit.experiment.record import RECORD_NAME
 from ttt_lit.train.status import ENDED
+
+if TYPE_CHECKING:
+    from ttt_lit.experiment.matrix import PlannedRun
 
 LOG_NAME = "log.txt"
 BUDGET_NAME = "budget.json"
