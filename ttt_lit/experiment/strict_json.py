@@ -14,7 +14,6 @@ import types
 import typing
 from typing import Any, Literal
 
-
 ADDED_LATER = {"added_later": True}
 """For ``dataclasses.field(metadata=)``: files of the same schema version that are older than the field are still read."""
 
