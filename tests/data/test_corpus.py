@@ -65,7 +65,7 @@ def test_a_cut_off_file_is_an_error_that_names_it(tmp_path, suffix):
     [
         (b'{"body": "a"}\n{"body": "b"\n', r":2: not JSON"),
         (b'{"text": "a"}\n', r":1: expected.*'body'.*\['text'\]"),
-        (b'{"body": null}\n', r":1: expected"),
+        (b'{"body": null}\n', r":1: the text in field 'body' is null; take such rows out"),
         (b'{"body": "\xff"}\n', r":1: not UTF-8"),
     ],
 )
@@ -80,7 +80,7 @@ def test_parquet_names_the_missing_column_and_the_row_without_text(tmp_path):
     with pytest.raises(ValueError, match="no column 'body'.*other"):
         list(Corpus(str(tmp_path), "body"))
     write_parquet(tmp_path / "x.parquet", "body", ["a", None])
-    with pytest.raises(ValueError, match="x.parquet:1: expected text"):
+    with pytest.raises(ValueError, match="x.parquet:1: the text in column 'body' is null"):
         list(Corpus(str(tmp_path), "body"))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="x.parquet: cannot be read"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ttt_lit.experiment.announced import announced
 from ttt_lit.experiment.devices import Device, device_named
+from ttt_lit.experiment.formats import ranges
 from ttt_lit.experiment.plan_config import PlannedRun, read_run
 from ttt_lit.experiment.plan_memory import PARTS, Setting, StageMemory, stage_memory
 from ttt_lit.experiment.recommend import USABLE, describe, recommended
@@ -176,7 +177,7 @@ def _notes(
     run: PlannedRun, stages: Sequence[PlannedStage], device: Device, setting: Setting, utilisation: float
 ) -> Iterator[str]:
     layers = run.spec.ttt_layers
-    learning = f"TTT layers {layers[0]} to {layers[-1]}" if layers else "no TTT layers"
+    learning = f"TTT layers {ranges(layers)}" if layers else "no TTT layers"
     yield f"Network: {run.spec.num_parameters() / 1e9:.3g} × 10⁹ parameters, {learning}; shape from {run.shape}."
     if device.peak_tflops is None:
         yield "Time: not known without a peak; give --peak-tflops."
