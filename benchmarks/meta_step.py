@@ -7,6 +7,7 @@ A step is forward and backward of one micro-batch of random tokens and weights, 
 CUDA). The arms, ``KIND`` or ``KIND:POLICY``, are
 
 - dense: a network without prime MLPs, with full attention; ``dense:recompute`` runs every block again in the backward;
+- transformers: the dense network as transformers runs it, with the same weights (float32, or under the same autocast);
 - swa: the network with windows, its prime MLPs not computed; ``swa:recompute`` alike;
 - naive, naive_recompute: one autograd graph over all chunks (``step/naive.py``), without and with torch's checkpoint;
 - engine: exact meta-gradients as training computes them, once for every policy;
@@ -16,10 +17,14 @@ The policies of the engine are recompute, keep, factors, two_level, offload, and
 work whose peak is not above that of naive_recompute) and fill (not above --memory-gib, by default what the GPU has).
 
 Before anything is timed, naive and engine must agree in loss and in every gradient, and on CUDA the Triton kernels with their plain twin;
-else the exit status is 1 and there is no table. Every exact arm that is timed is compared too, at the context it is timed at.
+else the exit status is 1 and there is no table. Arms that compute the same (all exact ones; dense and transformers) are compared too, at
+the context that they are timed at.
 
 On one core of an EPYC the default takes about 40 minutes, contexts of 1,024 and 2,048 alone take 6. On a GPU the longest context takes most
 of the time, and compilation some minutes: start with ``--context 8192 --rounds 3``.
+
+The shapes small-152k and small-262k have the vocabularies of Qwen and of Gemma, where most of the time goes into the loss:
+``--shape small-152k --context 512 --arms dense transformers``.
 """
 
 import argparse

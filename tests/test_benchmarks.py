@@ -56,6 +56,22 @@ def test_every_arm_is_measured_and_every_exact_arm_compared(meta_step, tmp_path,
     assert all(f"| {name} " in text for name in arms)
 
 
+def test_transformers_is_timed_beside_the_dense_step_only_where_it_agrees(meta_step, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    run = [*ONCE, "--arms", "dense", "transformers", "--json", str(file)]
+    assert meta_step.main(run) == 0
+    dense, theirs = json.loads(file.read_text())["contexts"][0]["arms"]
+    assert theirs["compared_with"] == "dense"
+    assert theirs["gradient_error"] < 1e-4
+    assert dense["flops_per_token"] - theirs["flops_per_token"] == 2 * 16 * 40  # the logits that ours makes again
+    assert "Compared with dense, every gradient agrees to" in capsys.readouterr().out
+    bench = importlib.import_module("step.bench")
+    right = bench.transformers_loss
+    monkeypatch.setattr(bench, "transformers_loss", lambda *arguments: 1.1 * right(*arguments))
+    assert meta_step.main(run) == 1
+    assert "transformers and dense disagree" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arms", [["dense"], ["naive", "engine"]])
 def test_a_wrong_attention_is_not_timed(meta_step, naive_step, monkeypatch, tmp_path, capsys, arms):
     right = naive_step.attention
@@ -104,7 +120,7 @@ def test_the_search_finds_the_most_that_fits(policies, target, most):
         ("swa:fill", "swa accepts no policy except recompute"),
         ("naive:keep", "naive takes no policy"),
         ("engine:all", "except recompute, keep, factors, two_level, offload, equal_memory, fill"),
-        ("sparse", "expected KIND or KIND:POLICY with KIND one of dense, swa, "),
+        ("sparse", "expected KIND or KIND:POLICY with KIND one of dense, transformers, "),
     ],
 )
 def test_an_unknown_arm_is_told_what_its_kind_accepts(meta_step, arm, says):

@@ -17,6 +17,7 @@ POLICIES = {
 SEARCHED = ("equal_memory", "fill")
 KINDS = {
     "dense": "none",
+    "transformers": "none",
     "swa": "none",
     "naive": "meta",
     "naive_recompute": "meta",
@@ -26,6 +27,7 @@ KINDS = {
 """Arm → mode."""
 ACCEPTED: dict[str, tuple[str, ...]] = {
     "dense": ("recompute",),
+    "transformers": (),
     "swa": ("recompute",),
     "naive": (),
     "naive_recompute": (),
@@ -40,7 +42,7 @@ class Arm:
     kind: str
     policy: str | None
     engine: EngineConfig | None = None
-    """None: naive, or not chosen yet."""
+    """None: naive, transformers, or not chosen yet."""
     flops: float | None = None
     """Per token, as the arm's policy asks for."""
     first_seconds: float | None = None
@@ -48,7 +50,8 @@ class Arm:
     """One entry for every round."""
     peak: int | None = None
     error: float | None = None
-    """Of the gradient, against the context's first exact arm."""
+    """Of the gradient, against the context's first arm that computes the same."""
+    compared_with: str | None = None
     note: str | None = None
     failure: str | None = None
 
@@ -59,6 +62,11 @@ class Arm:
     @property
     def mode(self) -> Any:
         return KINDS[self.kind]
+
+    @property
+    def computes(self) -> str:
+        """What it must agree on with every arm that computes the same."""
+        return "dense" if self.kind == "transformers" else self.kind if self.mode != "meta" else "exact"
 
     @property
     def median(self) -> float | None:

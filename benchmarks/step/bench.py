@@ -2,17 +2,19 @@
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from step.arms import Arm
 from step.devices import Cpu, Cuda
 from step.naive import naive_loss
 from step.shapes import make_specs
+from step.theirs import transformers_loss, transformers_model
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.ttt.compiled import wants_compilation
@@ -37,6 +39,10 @@ class Bench:
         self.dense = TTTModel(_sharing(decoder, self.specs["dense"]))
         self.optimizer = _adamw(decoder, device) if arguments.optimizer == "adamw" else None
         self.tokens = torch.empty(0)
+
+    @functools.cached_property
+    def theirs(self) -> nn.Module:
+        return transformers_model(self.dense.decoder)
 
     @property
     def context(self) -> int:
@@ -64,6 +70,8 @@ class Bench:
             if arm.kind.startswith("naive"):
                 recompute = arm.kind == "naive_recompute"
                 loss = naive_loss(self.decoder, self.tokens, chunk=chunk, recompute=recompute, **INNER)
+            elif arm.kind == "transformers":
+                loss = transformers_loss(self.theirs, self.tokens)
             else:
                 loss = self.model_of(arm)(self.tokens, mode=arm.mode, chunk=chunk, **INNER).loss
         loss.backward()

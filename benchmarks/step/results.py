@@ -34,7 +34,7 @@ def result_of(arm: Arm, baseline: Arm | None, tokens: int) -> dict[str, Any]:
     }
     times = [t for t in arm.seconds if t is not None]
     result |= {"first_step_seconds": arm.first_seconds, "seconds": arm.seconds, "peak_bytes": arm.peak}
-    result |= {"gradient_error": arm.error, "flops_per_token": arm.flops}
+    result |= {"gradient_error": arm.error, "compared_with": arm.compared_with, "flops_per_token": arm.flops}
     if arm.median is None:
         return result
     result |= {"median_seconds": arm.median, "min_seconds": min(times), "max_seconds": max(times)}
@@ -49,7 +49,7 @@ def result_of(arm: Arm, baseline: Arm | None, tokens: int) -> dict[str, Any]:
 
 def describe(bench: Bench) -> dict[str, Any]:
     """Where, with what and on what: everything but the measurements."""
-    names = ["torch", "triton", "flash_attn"]
+    names = ["torch", "transformers", "triton", "flash_attn"]
     versions = {"Python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from ttt_lit.model.spec import LayerSpec, ModelSpec, PrimeSpec, last_quarter
 
 _SIZE_NAMES = ("hidden", "mlp", "layers", "heads", "kv_heads", "vocab", "window", "chunk")
+_SMALL = dict(zip(_SIZE_NAMES, (256, 768, 8, 4, 4, 2048, 512, 256), strict=True))
 SIZES = {
-    "small": dict(zip(_SIZE_NAMES, (256, 768, 8, 4, 4, 2048, 512, 256), strict=True)),
+    "small": _SMALL,
+    "small-152k": _SMALL | {"vocab": 151936},
+    "small-262k": _SMALL | {"vocab": 262144},
     "qwen2.5-1.5b": dict(zip(_SIZE_NAMES, (1536, 8960, 28, 12, 2, 151936, 8192, 1024), strict=True)),
 }
-ROPE_BASE = {"small": 10_000.0, "qwen2.5-1.5b": 1e6}
+ROPE_BASE = dict.fromkeys(SIZES, 10_000.0) | {"qwen2.5-1.5b": 1e6}
 QKV_BIAS = {"qwen2.5-1.5b"}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, learns, rehearse, with_fused_windows
 from ttt_lit.model.flops import chunks_kept, product_numbers
 from ttt_lit.model.spec import ModelSpec
-from ttt_lit.ops import cross_entropy
+from ttt_lit.ops.logit_tiles import tile_shape
 from ttt_lit.train.stages import StagePlan
 from ttt_lit.ttt.settings import EngineConfig, FastWeightStorage
 
@@ -198,14 +198,15 @@ def _kept_products(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setti
 
 
 def _logits(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
-    """Bytes of what the head's backward holds at once: scores of a piece of the tokens, and the gradient of the head being summed."""
+    """Bytes of what the head's backward holds at once: scores of a tile, and the gradient of the head being summed."""
     updates = _updates(plan)
     tokens = plan.sequences * (plan.chunk if updates else plan.context)
-    rows = min(tokens, cross_entropy.piece_tokens(spec.vocab_size, "cpu" if setting.on_cpu else "cuda"))
-    scores = 4 if updates else 2  # with a tangent: probabilities, their tangents, a cotangent, and a product on its way
-    head = 2 * spec.vocab_size * spec.hidden_size
-    half = setting.number_bytes * rows * spec.vocab_size if setting.half else 0
-    return _MASTER * (scores * rows * spec.vocab_size + head) + half
+    rows, columns = tile_shape(spec.vocab_size, "cpu" if setting.on_cpu else "cuda")
+    tile = min(tokens, rows) * columns
+    scores = 3 if updates else 2  # with a tangent: probabilities, a cotangent, and a product on its way
+    # In half precision the product is made beside the sum that it is added to.
+    head = (spec.vocab_size + (columns if setting.half else 0)) * spec.hidden_size
+    return _MASTER * (scores * tile + head) + (setting.number_bytes * tile if setting.half else 0)
 
 
 def _adamw_temporaries(spec: ModelSpec, learnt: float, setting: Setting) -> float:
