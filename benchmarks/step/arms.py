@@ -18,18 +18,22 @@ SEARCHED = ("equal_memory", "fill")
 KINDS = {
     "dense": "none",
     "swa": "none",
+    "swa_sinks": "none",
     "naive": "meta",
     "naive_recompute": "meta",
     "engine": "meta",
+    "engine_sinks": "meta",
     "first_order": "first_order",
 }
 """Arm → mode."""
 ACCEPTED: dict[str, tuple[str, ...]] = {
     "dense": ("recompute",),
     "swa": ("recompute",),
+    "swa_sinks": ("recompute",),
     "naive": (),
     "naive_recompute": (),
     "engine": (*POLICIES, *SEARCHED),
+    "engine_sinks": tuple(POLICIES),
     "first_order": (*POLICIES, *SEARCHED),
 }
 """Arm → the policies it may name."""
@@ -61,6 +65,11 @@ class Arm:
         return KINDS[self.kind]
 
     @property
+    def network(self) -> str:
+        """The network that it reads, as ``make_specs`` names it."""
+        return "dense" if self.kind == "dense" else "sinks" if self.kind.endswith("_sinks") else "ttt"
+
+    @property
     def median(self) -> float | None:
         times = [t for t in self.seconds if t is not None]
         return statistics.median(times) if times and self.failure is None else None
@@ -72,8 +81,8 @@ def make_arms(names: Iterable[str], policies: Sequence[str]) -> list[Arm]:
     for name in names:
         kind, _, policy = name.partition(":")
         chosen: Sequence[str | None] = [policy or None]
-        if kind in ("engine", "first_order"):
-            chosen = [policy] if policy else policies
+        if kind in ("engine", "engine_sinks", "first_order"):
+            chosen = [policy] if policy else [p for p in policies if p in ACCEPTED[kind]]
         _require_known(name, kind, policy)
         arms += [Arm(kind, p) for p in chosen]
     return arms

@@ -26,14 +26,14 @@ def attempt(bench: Bench, arm: Arm, action: Callable[[Arm], object]) -> None:
 
 
 def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
-    """All arms at one context, and the name of the arm that gradients were compared with."""
+    """All arms at one context, and the name of the arm that gradients were compared with (of the first network with several)."""
     arguments = bench.arguments
     bench.draw(context)
     if bench.compiled:
         # Or the second context would be compiled for lengths that vary.
         torch._dynamo.reset()
     arms = make_arms(arguments.arms, arguments.policy)
-    references: list[Reference] = []
+    references: dict[str, Reference] = {}
 
     def first(arm: Arm) -> None:
         settle(bench, arm, arms)
@@ -51,19 +51,19 @@ def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
             attempt(bench, arm, lambda arm: _time(bench, arm))
             arm.seconds += [None] * (number + 1 - len(arm.seconds))
     bench.clear()
-    return arms, references[0].name if references else None
+    return arms, next((found.name for found in references.values()), None)
 
 
-def _warm_up(bench: Bench, arm: Arm, references: list[Reference]) -> None:
+def _warm_up(bench: Bench, arm: Arm, references: dict[str, Reference]) -> None:
     losses: list[Tensor] = []
     bench.prepare(arm)
     arm.first_seconds = bench.device.timed(lambda: losses.append(bench.step(arm)))
     if arm.mode == "meta":
         loss, gradients = losses[0].item(), bench.take_gradients()
-        if references:
-            arm.error = references[0].require(arm.name, loss, gradients)
+        if arm.network in references:
+            arm.error = references[arm.network].require(arm.name, loss, gradients)
         else:
-            references.append(Reference(arm.name, loss, gradients, bench.precision))
+            references[arm.network] = Reference(arm.name, loss, gradients, bench.precision)
     for _ in range(bench.arguments.warmup - 1):
         bench.prepare(arm)
         bench.step(arm)
