@@ -9,6 +9,7 @@ CUDA). The arms, ``KIND`` or ``KIND:POLICY``, are
 - dense: a network without prime MLPs, with full attention; ``dense:recompute`` runs every block again in the backward;
 - transformers: the dense network as transformers runs it, with the same weights (float32, or under the same autocast);
 - swa: the network with windows, its prime MLPs not computed; ``swa:recompute`` alike;
+- swa_sinks, engine_sinks: swa and engine with attention sinks before the windows, to stand beside the same arm without;
 - naive, naive_recompute: one autograd graph over all chunks (``step/naive.py``), without and with torch's checkpoint;
 - engine: exact meta-gradients as training computes them, once for every policy;
 - first_order: the same, with the updates' gradients constant.
@@ -42,7 +43,7 @@ from step.console import say, show
 from step.devices import Cpu, Cuda
 from step.kernels import check_triton
 from step.measure import measure
-from step.results import baseline_of, describe, result_of
+from step.results import baseline_of, describe, price_of_sinks, result_of
 from step.shapes import SIZES
 from step.tables import preamble, section
 
@@ -148,6 +149,7 @@ def run(bench: Bench) -> None:
         baseline = baseline_of(arms)
         results = [result_of(arm, baseline, context * arguments.batch) for arm in arms]
         found = {"context": context, "baseline": baseline and baseline.name, "reference": reference, "arms": results}
+        found["sinks"] = price_of_sinks(arms)
         record["contexts"].append(found)
         record["kernels"] = sorted(kernels_that_ran)
         text = section(found, bench.device, compiled=bench.compiled)

@@ -12,7 +12,18 @@ from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
 from ttt_lit.model.spec import LayerSpec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY = ["--set", "hidden=16", "mlp=24", "layers=4", "heads=4", "kv_heads=2", "vocab=40", "window=12", "chunk=8"]
+TINY = [
+    "--set",
+    "hidden=16",
+    "mlp=24",
+    "layers=4",
+    "heads=4",
+    "kv_heads=2",
+    "vocab=40",
+    "window=12",
+    "sinks=2",
+    "chunk=8",
+]
 ONCE = [*TINY, "--context", "16", "--rounds", "1"]
 ARMS = ["dense", "swa", "naive", "naive_recompute", "engine:recompute", "engine:equal_memory", "engine:keep"]
 
@@ -72,12 +83,23 @@ def test_transformers_is_timed_beside_the_dense_step_only_where_it_agrees(meta_s
     assert "transformers and dense disagree" in capsys.readouterr().err
 
 
+def test_sinks_stand_beside_the_same_arm_without_and_are_compared_with_their_own_kind(meta_step, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    arms = ["dense", "swa", "swa_sinks", "engine:keep", "engine_sinks:keep", "engine_sinks:factors"]
+    assert meta_step.main([*ONCE, "--arms", *arms, "--json", str(file)]) == 0
+    (found,) = json.loads(file.read_text())["contexts"]
+    assert list(found["sinks"]) == ["swa_sinks", "engine_sinks:keep"]
+    assert all(1 < price["flops_ratio"] < 1.1 and price["time_ratio"] > 0 for price in found["sinks"].values())
+    errors = {arm["name"]: arm["gradient_error"] for arm in found["arms"]}
+    assert errors["engine_sinks:factors"] < 1e-4
+    assert errors["engine:keep"] is errors["engine_sinks:keep"] is None
+    assert "engine_sinks:keep: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arms", [["dense"], ["naive", "engine"]])
 def test_a_wrong_attention_is_not_timed(meta_step, naive_step, monkeypatch, tmp_path, capsys, arms):
     right = naive_step.attention
-    monkeypatch.setattr(
-        naive_step, "attention", lambda *qkv, scale, window: right(*qkv, scale=1.1 * scale, window=window)
-    )
+    monkeypatch.setattr(naive_step, "attention", lambda *qkv, scale, **reach: right(*qkv, scale=1.1 * scale, **reach))
     assert meta_step.main([*ONCE, "--arms", *arms, "--json", str(tmp_path / "out.json")]) == 1
     assert "disagree" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -97,7 +119,14 @@ def test_an_arm_that_does_not_fit_is_left_out(meta_step, monkeypatch, tmp_path):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("clip", [0.0, 0.3, 1e6])
 def test_the_naive_step_has_the_gradients_of_the_engine(naive_step, recompute, clip):
-    layers = [LayerSpec(window=3), LayerSpec(), ttt_layer(window=5), LayerSpec(window=6), ttt_layer(window=1)]
+    layers = [
+        LayerSpec(window=3, sink_tokens=2),
+        LayerSpec(),
+        ttt_layer(window=5),
+        LayerSpec(window=6),
+        ttt_layer(window=1),
+    ]
+    layers += [LayerSpec(window=4, sink_tokens=2), LayerSpec(window=1, sink_tokens=5)]
     decoder = random_decoder(tiny_spec(*layers, qk_norm=True, qkv_bias=True, tied_head=False, post_norms=True))
     tokens = random_tokens(2, 21)
     scan(decoder, tokens, clip=clip).loss.backward()

@@ -58,7 +58,8 @@ class Bench:
 
     def prepare(self, arm: Arm) -> None:
         """Everything of a step that is not timed."""
-        self.decoder.set_spec(self.specs["ttt"])
+        if arm.network != "dense":
+            self.decoder.set_spec(self.specs[arm.network])
         if arm.engine is not None:
             self.model_of(arm).engine = arm.engine
         self.decoder.zero_grad(set_to_none=True)

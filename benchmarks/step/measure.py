@@ -26,7 +26,7 @@ def attempt(bench: Bench, arm: Arm, action: Callable[[Arm], object]) -> None:
 
 
 def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
-    """All arms at one context, and the name of the arm that gradients were compared with."""
+    """All arms at one context, and the name of the arm that gradients were compared with (of the first network with several)."""
     arguments = bench.arguments
     bench.draw(context)
     if bench.compiled:
@@ -51,7 +51,7 @@ def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
             attempt(bench, arm, lambda arm: _time(bench, arm))
             arm.seconds += [None] * (number + 1 - len(arm.seconds))
     bench.clear()
-    return arms, references["exact"].name if "exact" in references else None
+    return arms, next((found.name for what, found in references.items() if what.startswith("exact")), None)
 
 
 def _warm_up(bench: Bench, arm: Arm, arms: Sequence[Arm], references: dict[str, Reference]) -> None:

@@ -47,6 +47,19 @@ def result_of(arm: Arm, baseline: Arm | None, tokens: int) -> dict[str, Any]:
     return result
 
 
+def price_of_sinks(arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
+    """Time and operations of every arm with sinks, as multiples of the same arm's without; the time is the median of the rounds' ratios."""
+    by_name, found = {arm.name: arm for arm in arms}, {}
+    for arm in arms:
+        without = by_name.get(arm.name.replace("_sinks", "", 1))
+        if without is None or without is arm or None in (arm.median, without.median, arm.flops, without.flops):
+            continue
+        pairs = [(a, b) for a, b in zip(arm.seconds, without.seconds, strict=True) if a is not None and b is not None]
+        times, flops = statistics.median(a / b for a, b in pairs), arm.flops / without.flops  # type: ignore[operator]
+        found[arm.name] = {"time_ratio": times, "flops_ratio": flops}
+    return found
+
+
 def describe(bench: Bench) -> dict[str, Any]:
     """Where, with what and on what: everything but the measurements."""
     names = ["torch", "transformers", "triton", "flash_attn"]
