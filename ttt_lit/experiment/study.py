@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ttt_lit.experiment.arm import Arm
-from ttt_lit.experiment.matching import found_settings, unequal
+from ttt_lit.experiment.matching import found_settings, unequal, unlike_inner_loops
 from ttt_lit.experiment.record import Role, RunRecord
 
 CANDIDATES: tuple[Role, ...] = ("bridge", "direct")
@@ -161,6 +161,7 @@ def _family_problems(study: FamilyStudy) -> Iterator[str]:
         yield from (f"{arm.name}: {problem}" for problem in arm.problems)
     if not study.arms:
         return
+    yield from unlike_inner_loops(arm for arm in study.arms if not arm.variant)
     reference = study.baseline or study.arms[0]
     for arm in study.arms:
         if arm is reference:
