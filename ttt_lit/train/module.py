@@ -260,7 +260,12 @@ class TTTModule(L.LightningModule):
     def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
         out: SequenceLoss = self.model(
-            tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip
+            tokens,
+            mode=mode,
+            chunk=self.size.chunk,
+            inner_lr=inner_lr,
+            clip=self.inner.clip,
+            rule=self.inner.rule,
         )
         if not torch.is_grad_enabled():
             reshard(self.model)
