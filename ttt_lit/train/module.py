@@ -20,6 +20,7 @@ from ttt_lit.metrics import Inner
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
+from ttt_lit.train.ceiling import read_ceiling
 from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
 from ttt_lit.train.evaluation import (
     Evaluation,
@@ -107,6 +108,7 @@ class TTTModule(L.LightningModule):
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
         self._check_validation()
+        self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
         last = self.plans[-1].config
         self.headline = headline_inner(
             self.validation, last.mode, can_update=self.has_inner_loop and not last.sink_tokens

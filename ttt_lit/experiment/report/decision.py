@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ttt_lit.experiment.comparison import Comparison, Differences, compare_all
-from ttt_lit.experiment.formats import NONE, interval_text
+from ttt_lit.experiment.comparison import Differences, compare_all
+from ttt_lit.experiment.formats import NONE
 from ttt_lit.experiment.gates import CandidateGates, judge_candidates
-from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, budgets, measured
+from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, budgets, difference_words, measured
+from ttt_lit.experiment.own_part import ceiling_sentence
 from ttt_lit.experiment.recommendation import recommend_scaling, shorten_failures
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.report.table import Table
@@ -32,6 +33,8 @@ def _family(family: FamilyStudy) -> str:
     lines = [f"{family.family}: {advice.verdict}"]
     for each in measured(family, judged, differences):
         lines += [f"  {each.title}", *(f"    {sentence}" for sentence in each.sentences)]
+    if judged:
+        lines.append(f"  What the gate can tell: {ceiling_sentence(family)}")
     lines += [f"  Why: {advice.why}", f"  What would change it: {advice.would_change}"]
     tables = (_budgets(family, judged, differences), _gates(family, judged))
     return "\n\n".join(
@@ -45,7 +48,7 @@ def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences:
             marked(each.arm, each.records),
             *each.shares,
             each.loss,
-            _difference(each.difference),
+            difference_words(each.difference) or NONE,
             "" if each.proved else NOT_PROVED,
         )
         for each in budgets(family, judged, differences)
@@ -56,12 +59,6 @@ def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences:
         header=("run", *shares, "loss", "Δ baseline, 95% interval", "evidence"),
         rows=rows,
     )
-
-
-def _difference(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.interval is None:
-        return NONE
-    return interval_text(comparison.interval) + (" (flagged)" if comparison.reasons else "")
 
 
 def _gates(family: FamilyStudy, judged: Sequence[CandidateGates]) -> Table:
