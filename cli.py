@@ -267,7 +267,7 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a run, its record.json, or a folder of many runs"
     )
-    parser.add_argument("--output", help="folder for report.html, report.md, runs.csv, gates.csv and figures/")
+    parser.add_argument("--output", help="folder for report.html, report.md, three sheets (CSV) and figures/")
     given = parser.parse_args(arguments)
     from ttt_lit.experiment.report import console, read_records
 

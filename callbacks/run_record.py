@@ -123,6 +123,7 @@ class RunRecorder(L.Callback):
             totals=_spent(module.ledger.total()),
             unigram_entropy=self.unigram_entropy,
             parents=[schema.Parent(**parent) for parent in parents(start.origin.lineage)],
+            ceiling=[schema.Ceiling(**ceiling) for ceiling in module.ceiling],
         )
         record.write(_path(trainer))
 

@@ -6,6 +6,8 @@ from ttt_lit.experiment.matrix import expand
 from ttt_lit.experiment.matrix_file import parse_matrix
 from ttt_lit.experiment.record import (
     Bucket,
+    Ceiling,
+    Damage,
     Document,
     Environment,
     EvaluationPoint,
@@ -96,6 +98,12 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
             flop_per_second=4.9e10,
             peak_memory_gib=1.5,
         ),
+        damage=[
+            Damage(when="start", context="long", inner="off", inside=0.02, beyond=0.75, nats=0.5),
+            Damage(when="end", context="long", inner="off", inside=-0.01, beyond=0.06, nats=0.04),
+            Damage(when="end", context="long", inner="on", inside=-0.02, beyond=0.01, nats=0.0),
+            Damage(when="end", context="short", inner="off", inside=0.03, beyond=None, nats=0.03),
+        ],
     )
     return RunRecord(
         run_id=run_id,
@@ -112,6 +120,11 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
             optimizer_steps=120, micro_batches=240, tokens=491_520, bytes=1_474_560, gpu_seconds={"compute": 300.0}
         ),
         parents=[Parent(name="pretrain/1", stage="A", gpu_seconds=150.0, tokens=1_146_880)],
+        ceiling=[
+            Ceiling(
+                window=WINDOW, stride=64, nats=0.1, low=0.08, high=0.12, blocks=4, documents=4, checkpoint="demo (0123)"
+            )
+        ],
     )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ttt_lit.experiment.arm import Account, Arm, gpu_hours
+from ttt_lit.experiment.ceiling import of_ceiling
 from ttt_lit.experiment.formats import nats
 from ttt_lit.experiment.matching import unequal
-from ttt_lit.experiment.record import EvaluationPoint, Role, RunRecord, Validation
+from ttt_lit.experiment.record import Ceiling, EvaluationPoint, Headline, Role, RunRecord, Validation
 from ttt_lit.experiment.statistics import RESAMPLES, Interval, paired_difference
 from ttt_lit.experiment.study import FamilyStudy
 
@@ -29,14 +30,23 @@ class Comparison:
     """Over the seeds that both have; None: nothing could be paired."""
     reasons: tuple[str, ...]
     """Why the difference may not be used, even where it could be computed; empty: it may."""
+    ceiling: Ceiling | None = None
+    """What context beyond the window is worth, to hold the difference against; None: not known."""
+
+    @property
+    def of_ceiling(self) -> str:
+        """The difference as a share of the ceiling; empty where one of the two is not known."""
+        return "" if self.interval is None else of_ceiling(self.interval.estimate, self.ceiling)
 
 
 Differences = dict[Role, Comparison | None]
 """Role of the reference → the comparison; None: no such reference, or it is the arm itself."""
 
 
-def compare(candidate: Arm, reference: Arm, *, resamples: int = RESAMPLES) -> Comparison:
-    """Compare two arms of one family, however broken they are."""
+def compare(
+    candidate: Arm, reference: Arm, *, resamples: int = RESAMPLES, ceiling: Ceiling | None = None
+) -> Comparison:
+    """Compare two arms of one family, however broken they are; ``ceiling``: of the family."""
     reasons = [*flags(candidate, resamples=resamples), *flags(reference, resamples=resamples)]
     reasons += unequal(candidate, reference)
     for arm, other in ((candidate, reference), (reference, candidate)):
@@ -53,6 +63,7 @@ def compare(candidate: Arm, reference: Arm, *, resamples: int = RESAMPLES) -> Co
             [ours[seed] for seed in common], [theirs[seed] for seed in common], candidate.sources, resamples
         ),
         reasons=tuple(dict.fromkeys(reasons)),
+        ceiling=ceiling,
     )
 
 
@@ -68,7 +79,9 @@ def compare_all(family: FamilyStudy, arm: Arm, *, resamples: int = RESAMPLES) ->
         "fa_import": family.fa_import,
     }
     return {
-        role: None if reference is None or reference is arm else compare(arm, reference, resamples=resamples)
+        role: None
+        if reference is None or reference is arm
+        else compare(arm, reference, resamples=resamples, ceiling=family.ceiling.ceiling)
         for role, reference in references.items()
     }
 
@@ -96,9 +109,11 @@ def _unusable(record: RunRecord) -> Iterator[str]:
 
 
 def _worse_than_start(arm: Arm, resamples: int) -> Iterator[str]:
-    """On the positions of the short context, which is what the start checkpoint was made for."""
+    """On the positions of the short context, which is what the start checkpoint was made for. Whether training did harm: what updates do
+    to a network that was not trained for them is another question."""
+    inner: Headline | None = None if arm.trains_with_updates else "off"
     starts, finals = [], []
-    for record, final in zip(arm.records, arm.finals(), strict=True):
+    for record, final in zip(arm.records, arm.finals(inner), strict=True):
         if record.start.source is None and record.start_validation is None:
             continue  # random weights: there is no start to be worse than
         starts.append(_short(record.start_validation))

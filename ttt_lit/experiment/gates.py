@@ -23,6 +23,7 @@ from ttt_lit.experiment.evidence import (
 )
 from ttt_lit.experiment.findings import MIN_LEARNT
 from ttt_lit.experiment.formats import counted, nats
+from ttt_lit.experiment.own_part import is_required, own_part_gate
 from ttt_lit.experiment.stability import (
     MAX_DECILE_RISE,
     MAX_LAST_RISE,
@@ -106,7 +107,7 @@ def primary_gate(
 ) -> Gate:
     """Whether a candidate saves ``MIN_SAVING`` of the baseline's GPU-hours at a loss at most ``MAX_DELTA`` worse."""
     baseline, arms = family.baseline, family.shares(experiment, variant)
-    points = [] if baseline is None else [_point(arm, baseline, account, resamples) for arm in arms.values()]
+    points = [] if baseline is None else [_point(family, arm, baseline, account, resamples) for arm in arms.values()]
     blocking = [*baseline_reasons(baseline, resamples), *missing_shares(arms)]
     for point in points:
         blocking += point.comparison.reasons
@@ -128,7 +129,7 @@ def primary_gate(
         outcome=outcome,
         numbers=(
             *_baseline_numbers(baseline, account),
-            *_matched_numbers(family.matched(experiment, variant), baseline, account, resamples),
+            *_matched_numbers(family, family.matched(experiment, variant), account, resamples),
             *_saving_numbers(points, reduction),
         ),
         reasons=tuple(dict.fromkeys(reasons)),
@@ -137,10 +138,10 @@ def primary_gate(
     )
 
 
-def _point(arm: Arm, baseline: Arm, account: Account, resamples: int) -> _Point:
+def _point(family: FamilyStudy, arm: Arm, baseline: Arm, account: Account, resamples: int) -> _Point:
     return _Point(
         arm=arm,
-        comparison=compare(arm, baseline, resamples=resamples),
+        comparison=compare(arm, baseline, resamples=resamples, ceiling=family.ceiling.ceiling),
         share=hours_ratio(arm, baseline, account),
         finished=arm.finished and baseline.finished,
     )
@@ -213,11 +214,11 @@ def _baseline_numbers(baseline: Arm | None, account: Account) -> Iterator[tuple[
 
 
 def _matched_numbers(
-    arm: Arm | None, baseline: Arm | None, account: Account, resamples: int
+    family: FamilyStudy, arm: Arm | None, account: Account, resamples: int
 ) -> Iterator[tuple[str, str]]:
     """What the same number of tokens gives; it decides nothing here, but is what most runs can show first."""
-    if arm is not None and baseline is not None:
-        point = _point(arm, baseline, account, resamples)
+    if arm is not None and family.baseline is not None:
+        point = _point(family, arm, family.baseline, account, resamples)
         yield f"{arm.name} − baseline, same number of tokens", _difference(point)
 
 
@@ -237,7 +238,8 @@ def _difference(point: _Point) -> str:
     share = (
         f"{point.share:.3f} of its GPU-hours" if point.share is not None and point.finished else "GPU-hours not known"
     )
-    return f"{nats(point.interval)} ({share}, {counted(point.interval.seeds, 'seed')})"
+    parts = (point.comparison.of_ceiling, share, counted(point.interval.seeds, "seed"))
+    return f"{nats(point.interval)} ({', '.join(filter(None, parts))})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +252,10 @@ class CandidateGates:
     with_parents: Gate
     secondary: tuple[Gate, ...]
     """Of the arm that decided the primary gate, else of the token-matched one; empty: there is neither."""
+    own_part: Gate | None
+    """TTT's own part in that arm's loss; None: there is no such arm."""
+    own_part_required: bool
+    """Whether the ceiling leaves it open that a model without memory passes."""
 
     @property
     def name(self) -> str:
@@ -257,12 +263,17 @@ class CandidateGates:
 
     @property
     def gates(self) -> tuple[Gate, ...]:
-        return (self.marginal, self.with_parents, *self.secondary)
+        return (self.marginal, self.with_parents, *self.secondary, *self._own_part)
 
     @property
     def open(self) -> list[Gate]:
-        """Secondary gates that did not pass."""
-        return [gate for gate in self.secondary if gate.outcome != "pass"]
+        """Secondary gates that did not pass, TTT's own part among them where it is required."""
+        needed = (*self.secondary, *(self._own_part if self.own_part_required else ()))
+        return [gate for gate in needed if gate.outcome != "pass"]
+
+    @property
+    def _own_part(self) -> tuple[Gate, ...]:
+        return () if self.own_part is None else (self.own_part,)
 
 
 def judge_candidates(family: FamilyStudy, *, resamples: int = RESAMPLES) -> list[CandidateGates]:
@@ -280,5 +291,11 @@ def _judge(family: FamilyStudy, experiment: str, variant: str, resamples: int) -
         () if arm is None else (convergence_gate(arm, resamples=resamples), long_token_gate(arm, resamples=resamples))
     )
     return CandidateGates(
-        experiment=experiment, variant=variant, marginal=marginal, with_parents=with_parents, secondary=secondary
+        experiment=experiment,
+        variant=variant,
+        marginal=marginal,
+        with_parents=with_parents,
+        secondary=secondary,
+        own_part=None if arm is None else own_part_gate(family, experiment, variant, arm, resamples=resamples),
+        own_part_required=arm is None or is_required(family, arm),
     )

@@ -122,7 +122,7 @@ def _sentences(family: FamilyStudy, each: CandidateGates, differences: Mapping[s
 def _to_control(words: str, control: Arm | None, comparison: Comparison | None) -> str:
     if control is None:
         return f"{words}, no run"
-    difference = _difference(comparison)
+    difference = difference_words(comparison)
     return f"{words} ({control.name}) {difference}" if difference else f"{words} ({control.name}), {_NO_DIFFERENCE}"
 
 
@@ -131,7 +131,7 @@ def _to_baseline(arm: Arm, baseline: Arm | None, found: Differences) -> str:
         return "and there is no baseline to compare with."
     if baseline.loss is None:
         return f"and the baseline ({baseline.name}) has no loss to compare with."
-    difference = _difference(found["ttt_scratch"])
+    difference = difference_words(found["ttt_scratch"])
     said = f"difference {difference}{_sample(found['ttt_scratch'])}" if difference else _NO_DIFFERENCE
     return (
         f"against {loss(baseline.loss)} of the baseline ({baseline.name}) after {billions(baseline.tokens)}: {said}. "
@@ -159,11 +159,12 @@ def _ratio(arm: Arm, baseline: Arm | None, account: Account) -> str:
     return NONE if ratio is None else f"{ratio:.3f}" if ratio < 1 else f"{ratio:.2f}"
 
 
-def _difference(comparison: Comparison | None) -> str:
-    """Empty where there is none."""
+def difference_words(comparison: Comparison | None) -> str:
+    """With its share of the ceiling, and whether it is flagged; empty where there is none."""
     if comparison is None or comparison.interval is None:
         return ""
-    return interval_text(comparison.interval) + (" (flagged)" if comparison.reasons else "")
+    notes = filter(None, (comparison.of_ceiling, "flagged" if comparison.reasons else ""))
+    return " ".join([interval_text(comparison.interval), *(f"({note})" for note in notes)])
 
 
 def _sample(comparison: Comparison | None) -> str:

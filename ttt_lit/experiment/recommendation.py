@@ -8,6 +8,7 @@ from typing import Literal
 
 from ttt_lit.experiment.gates import MAX_DELTA, MAX_SHARE, CandidateGates
 from ttt_lit.experiment.next_step import NextStep, demo_step
+from ttt_lit.experiment.own_part import GATE_NAME, MIN_CEILING
 from ttt_lit.experiment.study import FamilyStudy
 from ttt_lit.experiment.verdict import Gate
 
@@ -34,7 +35,8 @@ class Recommendation:
 def recommend_scaling(family: FamilyStudy, candidates: Sequence[CandidateGates]) -> Recommendation:
     """One verdict for a family, from the gates of its candidates as ``judge_candidates`` makes them.
 
-    Scale up: a candidate passes the primary gate under the marginal account and all secondary gates. No: every candidate fails the
+    Scale up: a candidate passes the primary gate under the marginal account and all secondary gates, and where a model without memory
+    could pass too, shows TTT's own part. No: every candidate fails the
     primary gate. Not yet: anything else. Ablations without wall-clock-matched runs are left out where any candidate has them.
     """
     judged = _deciding(family, candidates)
@@ -64,7 +66,7 @@ def _deciding(family: FamilyStudy, judged: Sequence[CandidateGates]) -> list[Can
 
 def _scale_up(family: FamilyStudy, best: CandidateGates) -> Recommendation:
     parents = best.with_parents
-    why = f"{best.name} {best.marginal.reasons[0]}, and its secondary gates pass. "
+    why = f"{best.name} {best.marginal.reasons[0]}, and its secondary gates pass. {_own_part(best)}"
     if parents.outcome == "pass":
         return _recommendation(
             family,
@@ -85,13 +87,29 @@ def _scale_up(family: FamilyStudy, best: CandidateGates) -> Recommendation:
     )
 
 
+def _own_part(best: CandidateGates) -> str:
+    """That TTT's own part was needed and shown, or was not needed and is not shown."""
+    gate = best.own_part
+    if gate is None or (gate.outcome == "pass") != best.own_part_required:
+        return ""
+    if best.own_part_required:
+        return "A model without memory could pass too, but TTT's own part is shown. "
+    return f"{GATE_NAME} is {_said(gate)}, which the ceiling does not ask for. "
+
+
 def _almost(family: FamilyStudy, best: CandidateGates) -> Recommendation:
     gate = best.open[0]
+    why = f"{best.name} {best.marginal.reasons[0]}, but the gate of {gate.name} is {_said(gate)} for {gate.subject}"
+    if gate is not best.own_part:
+        return _recommendation(
+            family, "not yet", f"{why}.", f"A run of {gate.subject} without this: {gate.reasons[0]}."
+        )
     return _recommendation(
         family,
         "not yet",
-        f"{best.name} {best.marginal.reasons[0]}, but the gate of {gate.name} is {_said(gate)} for {gate.subject}.",
-        f"A run of {gate.subject} without this: {gate.reasons[0]}.",
+        f"{why}, and a model without memory could pass.",
+        f"That inner updates lower the loss, alone and against the control, by intervals wholly below 0; what is in the way: "
+        f"{gate.reasons[0]}. Or a study with a ceiling of at least {MIN_CEILING:g}, as at a smaller window.",
     )
 
 

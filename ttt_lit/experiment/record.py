@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ttt_lit.experiment.strict_json import decode, encode, refuse_constant
+from ttt_lit.experiment.strict_json import ADDED_LATER, decode, encode, refuse_constant
 from ttt_lit.train.status import Status
 
 SCHEMA_VERSION = 2
@@ -216,6 +216,40 @@ class Throughput:
 
 
 @dataclass(kw_only=True)
+class Damage:
+    """Loss of the stage's network minus that of the imported model on the same held-out tokens, in nats per token."""
+
+    when: Literal["start", "end"]
+    """Of the stage."""
+    context: Literal["short", "long"]
+    inner: Literal["on", "off"]
+    inside: float
+    """Mean over the positions inside the stage's window."""
+    beyond: float | None
+    """Mean over those beyond it; null where the window spans the context."""
+    nats: float
+    """Mean over all positions."""
+
+
+@dataclass(kw_only=True)
+class Ceiling:
+    """Worth of the context beyond a window to the imported dense model: its loss on fresh contexts of the last tokens minus that at full
+    length, so the most that a memory of what lies further back can win on these data. As ``python cli.py probe`` measured it."""
+
+    window: int
+    stride: int
+    """A token was read with its last ``window`` … ``window + stride`` tokens."""
+    nats: float
+    low: float | None
+    """95 % interval, bootstrap over documents; null: a single document gives none."""
+    high: float | None
+    blocks: int
+    documents: int
+    checkpoint: str
+    """Name and hash of the model that was probed."""
+
+
+@dataclass(kw_only=True)
 class Stage:
     """One stage of the run."""
 
@@ -245,6 +279,8 @@ class Stage:
     """At the end of the stage: inner loop off and on, for every context that was looked at."""
     inner_update_norms: Norms | None = None
     throughput: Throughput | None = None
+    damage: list[Damage] = field(default_factory=list, metadata=ADDED_LATER)
+    """At the stage's start and end, against the imported model; empty: not measured."""
 
     def validated(self, inner: Headline) -> Validation | None:
         """The stage's validation in that setting, the first of several contexts; None where it was not measured."""
@@ -302,6 +338,8 @@ class RunRecord:
     """Nats per token: entropy of the validation tokens' own frequencies. A model that is not well below it has learnt little else."""
     parents: list[Parent] = field(default_factory=list)
     """Every run that made the start checkpoint, oldest first."""
+    ceiling: list[Ceiling] = field(default_factory=list, metadata=ADDED_LATER)
+    """Per window that was probed, what context beyond it is worth to the imported model; empty: the run was given no probe."""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -9,7 +9,7 @@ from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.formats import counted, nats
 from ttt_lit.experiment.record import RunRecord, Stage
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS, RESAMPLES, Interval, level_change, mean_interval
-from ttt_lit.experiment.verdict import Gate, Outcome, worst
+from ttt_lit.experiment.verdict import Finding, Gate, Outcome, gate_of
 from ttt_lit.train.divergence import DivergenceDetector
 
 SPIKE_NATS = 0.5
@@ -31,8 +31,6 @@ MAX_DECILE_RISE = 0.02
 """Nats per token by which the loss may rise from one tenth of the positions to the next."""
 DECILES = 10
 
-Finding = tuple[Outcome, str]
-
 
 def convergence_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
     """Stable training: no divergence, no spike in any stage, and a last third of stage C that does not rise. Every seed must pass."""
@@ -45,7 +43,7 @@ def convergence_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
         findings.append((outcome, who + reason))
         if change is not None:
             numbers.append((f"change over the last third of {TREND_STAGE}, seed {record.seed}", change))
-    return _gate("stable convergence", arm, findings, numbers)
+    return gate_of("stable convergence", arm, findings, numbers)
 
 
 def _accidents(record: RunRecord) -> Iterator[Finding]:
@@ -100,7 +98,7 @@ def long_token_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
     tables = _deciles(arm)
     if tables is None:
         reason = f"not every seed has finite losses in {DECILES} tenths of the positions for the same documents"
-        return _gate("long-token loss", arm, [("insufficient", reason)])
+        return gate_of("long-token loss", arm, [("insufficient", reason)])
     whole = _step(tables, 1, DECILES - 1, arm.sources, resamples)
     steps = {later: _step(tables, later - 1, later, arm.sources, resamples) for later in range(1, DECILES)}
     steepest = max(steps, key=lambda later: steps[later].estimate)
@@ -118,7 +116,7 @@ def long_token_gate(arm: Arm, *, resamples: int = RESAMPLES) -> Gate:
         (f"largest rise between neighbours (tenth {steepest} to {steepest + 1})", nats(steps[steepest])),
     ]
     findings = [*overall, *rises.values()]
-    return _gate("long-token loss", arm, findings, numbers, list(_brief(overall, rises, steps)))
+    return gate_of("long-token loss", arm, findings, numbers, list(_brief(overall, rises, steps)))
 
 
 def _brief(overall: Sequence[Finding], rises: Mapping[int, Finding], steps: Mapping[int, Interval]) -> Iterator[str]:
@@ -166,21 +164,3 @@ def _unsure(finding: Finding) -> Finding:
     """Too few documents cannot fail a gate."""
     outcome, text = finding
     return ("insufficient" if outcome == "fail" else outcome), text
-
-
-def _gate(
-    name: str, arm: Arm, findings: list[Finding], numbers: Sequence[tuple[str, str]] = (), brief: Sequence[str] = ()
-) -> Gate:
-    """Reasons: those findings that made the outcome; beside a failure also what could not be told."""
-    findings = [("insufficient", problem) for problem in arm.problems] + findings
-    outcome = worst([each for each, _ in findings])
-    order = ("pass",) if outcome == "pass" else ("fail", "insufficient")
-    reasons = [reason for wanted in order for each, reason in findings if each == wanted]
-    return Gate(
-        name=name,
-        subject=arm.name,
-        outcome=outcome,
-        numbers=tuple(numbers),
-        reasons=tuple(dict.fromkeys(reasons)),
-        brief=tuple(brief),
-    )

@@ -1,4 +1,5 @@
-"""Dataclasses ↔ plain JSON data, strictly: every field present, nothing else, every value of its annotated type.
+"""Dataclasses ↔ plain JSON data, strictly: every field present, nothing else, every value of its annotated type. Only a field whose
+metadata are ``ADDED_LATER`` may be missing, and then has its default.
 
 A number that is not finite has no place in JSON. Where a run diverged it is written as null and comes back as NaN; anywhere else it
 is an error that names the field. Standard library only.
@@ -12,6 +13,9 @@ import math
 import types
 import typing
 from typing import Any, Literal
+
+ADDED_LATER = {"added_later": True}
+"""For ``dataclasses.field(metadata=)``: files of the same schema version that are older than the field are still read."""
 
 
 class NotFinite(ValueError):
@@ -76,7 +80,8 @@ def decode(kind: Any, value: Any, where: str, diverged: bool) -> Any:
 def _decode_object(kind: Any, value: Any, where: str, diverged: bool) -> Any:
     _expect(isinstance(value, dict), value, where, "an object")
     hints = _hints(kind)
-    unknown, missing = sorted(set(value) - set(hints)), sorted(set(hints) - set(value))
+    required = {each.name for each in dataclasses.fields(kind) if "added_later" not in each.metadata}
+    unknown, missing = sorted(set(value) - set(hints)), sorted(required - set(value))
     if unknown or missing:
         raise ValueError(
             f"{where}: got unknown fields {unknown} and misses fields {missing}, expected the schema's fields"

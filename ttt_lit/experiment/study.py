@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ttt_lit.experiment.arm import Arm
-from ttt_lit.experiment.matching import found_settings, unequal
+from ttt_lit.experiment.ceiling import StudyCeiling, study_ceiling
+from ttt_lit.experiment.matching import found_settings, unequal, unlike_inner_loops
 from ttt_lit.experiment.record import Role, RunRecord
 
 CANDIDATES: tuple[Role, ...] = ("bridge", "direct")
@@ -45,6 +46,13 @@ class FamilyStudy:
         """Wall-clock-matched arms by their planned share, smallest first."""
         arms = {arm.share: arm for arm in self._of(experiment, variant) if arm.share is not None}
         return dict(sorted(arms.items()))
+
+    @property
+    def ceiling(self) -> StudyCeiling:
+        """What context beyond the window of baseline and candidates is worth."""
+        return study_ceiling(
+            [arm for arm in self.arms if arm.role in (*CANDIDATES, "ttt_scratch") and not arm.variant], self.arms
+        )
 
     @property
     def evidence(self) -> int:
@@ -161,6 +169,10 @@ def _family_problems(study: FamilyStudy) -> Iterator[str]:
         yield from (f"{arm.name}: {problem}" for problem in arm.problems)
     if not study.arms:
         return
+    yield from unlike_inner_loops(arm for arm in study.arms if not arm.variant)
+    ceiling, rows = study.ceiling, (row for arm in study.arms for record in arm.records for row in record.ceiling)
+    if ceiling.ceiling is None and any(row.window == ceiling.window for row in rows):
+        yield ceiling.problem
     reference = study.baseline or study.arms[0]
     for arm in study.arms:
         if arm is reference:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ttt_lit.experiment.arm import Account
+from ttt_lit.experiment.arm import Account, Arm
 
 Outcome = Literal["pass", "fail", "insufficient"]
+Finding = tuple[Outcome, str]
+"""What one part of a gate says, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +40,21 @@ def worst(outcomes: list[Outcome]) -> Outcome:
     if "fail" in outcomes:
         return "fail"
     return "insufficient" if "insufficient" in outcomes or not outcomes else "pass"
+
+
+def gate_of(
+    name: str, arm: Arm, findings: list[Finding], numbers: Sequence[tuple[str, str]] = (), brief: Sequence[str] = ()
+) -> Gate:
+    """A gate of one arm. Reasons: those findings that made the outcome; beside a failure also what could not be told."""
+    findings = [("insufficient", problem) for problem in arm.problems] + findings
+    outcome = worst([each for each, _ in findings])
+    order = ("pass",) if outcome == "pass" else ("fail", "insufficient")
+    reasons = [reason for wanted in order for each, reason in findings if each == wanted]
+    return Gate(
+        name=name,
+        subject=arm.name,
+        outcome=outcome,
+        numbers=tuple(numbers),
+        reasons=tuple(dict.fromkeys(reasons)),
+        brief=tuple(brief),
+    )

@@ -28,6 +28,9 @@ class ValidationConfig:
     headline: Literal["as_trained", "with_updates", "without_updates"] = "as_trained"
     """Which loss of the last stage speaks for the run in a comparison. ``as_trained``: with inner updates exactly where the stage
     trains with them; ``with_updates`` is the control that learns while reading without ever having been trained to."""
+    probe: str | None = None
+    """The ``probe.json`` of the imported dense model on this run's long data. The record carries its ceiling: what context beyond the
+    window is worth, the yardstick of every difference. null: no ceiling is known."""
 
     def __post_init__(self) -> None:
         if self.subset < 1 or self.blocks % self.subset or not 0 <= self.every_share <= 1:

@@ -20,6 +20,7 @@ from ttt_lit.metrics import Inner
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
+from ttt_lit.train.ceiling import read_ceiling
 from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
 from ttt_lit.train.evaluation import (
     Evaluation,
@@ -30,7 +31,7 @@ from ttt_lit.train.evaluation import (
 )
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
-from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, load_moments, set_lr
+from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, load_moments, set_lr
 from ttt_lit.train.parallel import fill, reshard, shard
 from ttt_lit.train.position import block_ids
 from ttt_lit.train.run_config import RunConfig
@@ -107,6 +108,7 @@ class TTTModule(L.LightningModule):
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
         self._check_validation()
+        self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
         last = self.plans[-1].config
         self.headline = headline_inner(
             self.validation, last.mode, can_update=self.has_inner_loop and not last.sink_tokens
@@ -260,7 +262,12 @@ class TTTModule(L.LightningModule):
     def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
         out: SequenceLoss = self.model(
-            tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip
+            tokens,
+            mode=mode,
+            chunk=self.size.chunk,
+            inner_lr=inner_lr,
+            clip=self.inner.clip,
+            rule=self.inner.rule,
         )
         if not torch.is_grad_enabled():
             reshard(self.model)
@@ -271,12 +278,12 @@ class TTTModule(L.LightningModule):
             return
         config, fraction = self.plan.config, self.spent_fraction()
         self.fraction = fraction
-        lr = config.schedule.lr(config.lr, fraction)
-        self.rates = {"base": lr, "prime": lr * config.prime_lr_ratio}
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        self.rates = {group: config.schedule.lr(config.peak_lr(group), fraction) for group in group_names(optimizer)}
         # As in the reference, the inner warm-up counts the step that is being taken.
         step = 1 / self.plan.budget.steps if self.plan.budget.steps is not None else 0.0
         self.inner_lr = config.inner_schedule.lr(self.inner.lr, min(1.0, fraction + step))
-        set_lr(self.optimizers().optimizer, self.rates)  # type: ignore[union-attr]
+        set_lr(optimizer, self.rates)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         out = self.read(batch["tokens"], mode=self.plan.config.mode, inner_lr=self.inner_lr)

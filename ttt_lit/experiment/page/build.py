@@ -12,6 +12,7 @@ from ttt_lit.experiment.page.parts.closing import across, other_runs, problems, 
 from ttt_lit.experiment.page.parts.family import ablations, arms_table, figures
 from ttt_lit.experiment.page.parts.gates import gate_section
 from ttt_lit.experiment.page.parts.runs import run_table
+from ttt_lit.experiment.page.parts.updates import damage_table, two_by_two
 from ttt_lit.experiment.page.parts.verdicts import verdicts
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import FamilyStudy, Study
@@ -39,6 +40,8 @@ def _family(family: FamilyStudy, differences: Mapping[str, Differences]) -> list
     return [
         Heading(level=2, text=f"Family {family.family}"),
         *arms_table(family, differences),
+        *two_by_two(family),
+        *damage_table(family),
         *figures(family, differences),
         *run_table(family, differences),
         *ablations(family),

@@ -21,8 +21,9 @@ def difference_text(comparison: Comparison | None) -> str:
 
 
 def difference_lines(comparison: Comparison | None) -> tuple[str, ...]:
-    """The same as two lines, for a narrow column."""
+    """The same as two lines, for a narrow column, with its share of the ceiling as a third where that is known."""
     if comparison is None or comparison.interval is None:
         return (NONE,)
     estimate, ends = interval(comparison.interval)
-    return estimate + (f" {NOT_USABLE}" if comparison.reasons else ""), ends
+    share = (f"({comparison.of_ceiling})",) if comparison.of_ceiling else ()
+    return estimate + (f" {NOT_USABLE}" if comparison.reasons else ""), ends, *share

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ttt_lit.experiment.comparison import Comparison, Differences, compare_all
-from ttt_lit.experiment.formats import NONE, interval_text
+from ttt_lit.experiment.comparison import Differences, compare_all
+from ttt_lit.experiment.formats import NONE, loss
 from ttt_lit.experiment.gates import CandidateGates, judge_candidates
-from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, budgets, measured
+from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, budgets, difference_words, measured
+from ttt_lit.experiment.own_part import ceiling_sentence
 from ttt_lit.experiment.recommendation import recommend_scaling, shorten_failures
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.report.table import Table
 from ttt_lit.experiment.study import FamilyStudy, read_study
+from ttt_lit.experiment.two_by_two import cells, effects
 from ttt_lit.experiment.unfinished import marked
 from ttt_lit.experiment.verdict import Gate
 
@@ -32,8 +34,10 @@ def _family(family: FamilyStudy) -> str:
     lines = [f"{family.family}: {advice.verdict}"]
     for each in measured(family, judged, differences):
         lines += [f"  {each.title}", *(f"    {sentence}" for sentence in each.sentences)]
+    if judged:
+        lines.append(f"  What the gate can tell: {ceiling_sentence(family)}")
     lines += [f"  Why: {advice.why}", f"  What would change it: {advice.would_change}"]
-    tables = (_budgets(family, judged, differences), _gates(family, judged))
+    tables = (_budgets(family, judged, differences), _updates(family), _pairs(family), _gates(family, judged))
     return "\n\n".join(
         ["\n".join(lines), *(table.text() for table in tables if table.rows), *reason_lines(family, judged)]
     )
@@ -45,7 +49,7 @@ def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences:
             marked(each.arm, each.records),
             *each.shares,
             each.loss,
-            _difference(each.difference),
+            difference_words(each.difference) or NONE,
             "" if each.proved else NOT_PROVED,
         )
         for each in budgets(family, judged, differences)
@@ -58,10 +62,31 @@ def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences:
     )
 
 
-def _difference(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.interval is None:
-        return NONE
-    return interval_text(comparison.interval) + (" (flagged)" if comparison.reasons else "")
+def _updates(family: FamilyStudy) -> Table:
+    rows = tuple(
+        (
+            marked(each.arm.name, each.arm.records),
+            each.trained,
+            loss(each.off),
+            loss(each.on),
+            difference_words(each.gain) or NONE,
+        )
+        for each in cells(family)
+    )
+    header = ("arm", "trained with updates?", "read without", "read with", "on − off")
+    return Table(title=f"Inner updates of {family.family} (nats per token)", header=header, rows=rows)
+
+
+def _pairs(family: FamilyStudy) -> Table:
+    rows = tuple(
+        (f"{pair.arm.name} − {pair.control.name}", *(difference_words(each) or NONE for each in pair.comparisons))
+        for pair in effects(family)
+    )
+    return Table(
+        title=f"Trained with − trained without updates, {family.family} (nats per token)",
+        header=("arms", "with both − without both", "read with", "read without", "interaction"),
+        rows=rows,
+    )
 
 
 def _gates(family: FamilyStudy, judged: Sequence[CandidateGates]) -> Table:

@@ -79,7 +79,7 @@ def _ablation_row(family: FamilyStudy, arm: Arm) -> tuple[Cell, ...]:
         family.matched(arm.experiment, "") if arm.share is None else family.shares(arm.experiment, "").get(arm.share)
     )
     variant = arm.variant if arm.share is None else f"{arm.variant} at {arm.share:g}"
-    delta = difference_text(compare(arm, default) if default else None)
+    delta = difference_text(compare(arm, default, ceiling=family.ceiling.ceiling) if default else None)
     return arm.experiment, variant, loss(arm.loss), delta, hours(arm.gpu_hours("marginal")), count(len(arm.records))
 
 

@@ -8,6 +8,7 @@ from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.formats import loss
 from ttt_lit.experiment.gates import CandidateGates
 from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, Budget, budgets, measured, shared_cores
+from ttt_lit.experiment.own_part import ceiling_sentence
 from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Mark, Paragraph, State, Verdict
 from ttt_lit.experiment.page.differences import difference_lines
 from ttt_lit.experiment.recommendation import Verdict as Advice
@@ -35,7 +36,11 @@ def _card(family: FamilyStudy, judged: Sequence[CandidateGates], differences: Ma
         mark=Mark(state=_ADVICE[advice.verdict], word=advice.verdict),
         measured=tuple((each.title, each.sentences) for each in measured(family, judged, differences)),
         budgets=_budgets(family, budgets(family, judged, differences)),
-        lines=(("Why", advice.why), ("What would change it", advice.would_change)),
+        lines=(
+            *((("What the gate can tell", ceiling_sentence(family)),) if judged else ()),
+            ("Why", advice.why),
+            ("What would change it", advice.would_change),
+        ),
     )
 
 
