@@ -228,7 +228,9 @@ def _probe(arguments: list[str]) -> int:
         type=int,
         help="tokens of a fresh context's piece; default: the window, or half of what lies beyond it",
     )
-    parser.add_argument("--max-documents", type=int, help="for the ceiling; default: 16")
+    parser.add_argument(
+        "--max-documents", type=int, help="for the ceiling; default: 20, below which no interval decides"
+    )
     parser.add_argument("--sweep-documents", type=int, help="of these, for damage and inner loop; default: 4")
     parser.add_argument("--layer-documents", type=int, help="of these, for single layers; 0: none; default: 2")
     parser.add_argument("--keep-layers", type=int, help="length of the greedy list of kept layers; 0: none; default: 2")

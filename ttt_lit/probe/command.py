@@ -119,17 +119,21 @@ class Results:
             self._continue(json.loads(path.read_text(encoding="utf-8")))
 
     def _continue(self, kept: dict[str, Any]) -> None:
-        for name, now in self.header.items():
-            was = kept.get(name)
-            if was == now:
-                continue
-            differing = [key for key in now if was.get(key) != now[key]] if isinstance(was, dict) else []
-            # Names are how files are reached, their digests what they are.
-            if differing != ["name"]:
-                raise ValueError(
-                    f"{self.folder / NAME} is of another probe ({name}: {', '.join(differing) or 'another version'}); give another "
-                    "--output, or delete it"
-                )
+        if kept.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{self.folder / NAME}: got another version of the file, expected {SCHEMA_VERSION}; give another --output"
+            )
+        # Names are how files are reached, digests what they are.
+        differing = [
+            f"{part}.{key}"
+            for part in ("checkpoint", "data", "settings")
+            for key, now in self.header[part].items()
+            if key != "name" and kept[part][key] != now
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.folder / NAME} is of another probe ({', '.join(differing)} differ); give another --output, or delete it"
+            )
         self.rows, self.seconds = Rows.from_json(kept["rows"]), float(kept["seconds"])
 
     def has(self, task: Task) -> bool:

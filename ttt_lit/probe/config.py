@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ttt_lit.convert.fast_mlp import LayerPolicy
+from ttt_lit.experiment.statistics import MIN_DOCUMENTS
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.ttt.inner import InnerLoop
 
@@ -26,7 +27,7 @@ class ProbeConfig:
     windows: Sequence[int] | None = None
     sinks: Sequence[int] = (0, 1, 4, 16)
     stride: int | None = None
-    max_documents: int = 16
+    max_documents: int = MIN_DOCUMENTS
     sweep_documents: int = 4
     layer_documents: int = 2
     keep_layers: int = 2
@@ -54,7 +55,7 @@ class Plan:
     windows: tuple[int, ...]
     """Ascending."""
     window: int
-    """The middle one of them, at which sinks, layers and the inner loop are tried."""
+    """The middle one of those below the context, at which sinks, layers and the inner loop are tried."""
     strides: dict[int, int]
     """Window → tokens of a piece; windows that cut nothing have none."""
     sinks: tuple[int, ...]
@@ -95,13 +96,15 @@ def make_plan(config: ProbeConfig, context: int) -> Plan:
             f"--stride: got {config.stride} with windows {list(windows)}, expected at least 1, and window + stride below the context of "
             f"{context}: positions before that are not cut"
         )
+    cutting = [window for window in windows if window < context - 1]
+    if not cutting:
+        problems.append(f"--windows: got {list(windows)}, expected one below the context of {context} tokens")
     if problems:
         raise ValueError("; ".join(problems))
-    cutting = [window for window in windows if window < context - 1]
     return Plan(
         context=context,
         windows=windows,
-        window=windows[(len(windows) - 1) // 2],
+        window=cutting[(len(cutting) - 1) // 2],
         strides={w: config.stride or max(1, min(w, (context - w) // 2)) for w in cutting},
         sinks=tuple(sorted(set(config.sinks))),
         rates=tuple(dict.fromkeys(config.inner_rates)),

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ttt_lit.experiment.drawing import BLUE, GREEN, VERMILION, new_figure, plain_axes
 from ttt_lit.experiment.gates import MAX_DELTA
-from ttt_lit.probe.summary import TWICE_THE_GATE
+from ttt_lit.experiment.own_part import MIN_CEILING
 
 
 def picture(probe: Mapping[str, Any]) -> Figure:
@@ -25,8 +25,7 @@ def picture(probe: Mapping[str, Any]) -> Figure:
 
 
 def _positions(axes: Axes, probe: Mapping[str, Any]) -> None:
-    windows = [row["window"] for row in probe["damage"]]
-    window = max(windows, key=windows.count)
+    window = probe["window"]
     rows = [row for row in probe["damage"] if row["window"] == window]
     fewest = min(rows, key=lambda row: row["sink_tokens"])
     best = next((row for row in rows if row["sink_tokens"] == probe["recommendation"]["sink_tokens"]), fewest)
@@ -72,7 +71,7 @@ def _ceilings(axes: Axes, probe: Mapping[str, Any]) -> None:
         linewidth=2,
         label="per token of the block, 95 % interval",
     )
-    axes.axhline(TWICE_THE_GATE, color=VERMILION, linewidth=1.4, label=f"twice the gate ({TWICE_THE_GATE:g})")
+    axes.axhline(MIN_CEILING, color=VERMILION, linewidth=1.4, label=f"twice the gate ({MIN_CEILING:g})")
     axes.axhline(MAX_DELTA, color=VERMILION, linewidth=1, linestyle=":", label=f"the gate ({MAX_DELTA:g})")
     _log_axis(axes, windows)
     axes.set_xlim(min(windows) / 1.3, max(windows) * 1.3)

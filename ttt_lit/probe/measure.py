@@ -88,6 +88,7 @@ def losses_while_learning(
             chunk=chunk,
             inner_lr=rate,
             clip=clip,
+            rule="sgd",
             engine=EngineConfig(compile=False),
         )
         yield rate, SequenceLoss(nll, lengths)

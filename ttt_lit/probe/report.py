@@ -8,8 +8,9 @@ from typing import Any
 
 from ttt_lit.experiment.formats import NONE, change, counted
 from ttt_lit.experiment.gates import MAX_DELTA
+from ttt_lit.experiment.own_part import MIN_CEILING
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS
-from ttt_lit.probe.summary import TWICE_THE_GATE, WORTH_KEEPING
+from ttt_lit.probe.summary import WORTH_KEEPING
 
 Probe = Mapping[str, Any]
 
@@ -104,15 +105,18 @@ def _worth(probe: Probe) -> str:
     window = probe["recommendation"]["window"]
     row = next(row for row in probe["ceiling"] if row["window"] == window)
     start = (
-        f"A memory beyond {window:,} tokens could win about {_with_ends(row, 'nats')} nats per token of a block of "
-        f"{probe['data']['context']:,} (a lower estimate)"
+        f"A memory beyond {window:,} tokens could win {_with_ends(row, 'nats')} nats per token of a block of "
+        f"{probe['data']['context']:,}, by a lower estimate"
     )
-    if row["low"] is None:
-        return f"{start}; one document gives no interval, so nothing says whether the gate of {MAX_DELTA:g} can tell it from nothing."
     if probe["recommendation"]["gate_can_tell"]:
         return f"{start}: more than twice the gate of {MAX_DELTA:g}, which can tell a memory from nothing here."
+    if row["documents"] < MIN_DOCUMENTS:
+        return (
+            f"{start}: fewer than {MIN_DOCUMENTS} documents do not say whether the gate of {MAX_DELTA:g} can tell that from nothing; raise "
+            "--max-documents."
+        )
     return (
-        f"{start}: the interval does not exclude {TWICE_THE_GATE:g}, twice the gate, so a model without memory could pass; use another "
+        f"{start}: the interval does not exclude {MIN_CEILING:g}, twice the gate, so a model without memory could pass; use another "
         "window or data."
     )
 
@@ -137,10 +141,7 @@ def _rate_reason(probe: Probe) -> str:
 
 
 def _at_window(probe: Probe) -> list[Any]:
-    """Damage at the window at which sinks were tried: the one with the most entries."""
-    windows = [row["window"] for row in probe["damage"]]
-    window = max(windows, key=windows.count)
-    return [row for row in probe["damage"] if row["window"] == window]
+    return [row for row in probe["damage"] if row["window"] == probe["window"]]
 
 
 def _damage_at(probe: Probe, which: Any) -> Any:

@@ -10,20 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ttt_lit.experiment.gates import MAX_DELTA
+from ttt_lit.experiment.own_part import excludes_none
+from ttt_lit.experiment.record import Ceiling
 from ttt_lit.probe.config import Plan
 from ttt_lit.probe.rows import IMPORTED, Key, Rows
 from ttt_lit.train.position import position_buckets
 
-TWICE_THE_GATE = 2 * MAX_DELTA
-"""A ceiling below this cannot tell a candidate that passes from one without memory."""
 WORTH_KEEPING = 0.1
 """Nats per token beyond the window that sinks leave on top of what the lost context is worth, above which layers are recommended to be
 kept at full attention: ten times the gate. A kept layer has its own way to the far context, and dilutes the question."""
 
 
 def summarise(rows: Rows, plan: Plan) -> dict[str, Any]:
-    """``imported``, ``damage``, ``ceiling``, ``layers``, ``inner`` and ``recommendation``, as far as they are measured."""
+    """The items of ``probe.json``, as far as they are measured; ``window`` is the one that was tried in depth."""
     found: dict[str, Any] = {
+        "window": plan.window,
         "imported": _imported(rows, plan),
         "damage": [_damage(rows, plan, key) for key in rows.keys("damage")],
         "ceiling": [_ceiling(rows, plan, key) for key in rows.keys("ceiling")],
@@ -171,7 +172,7 @@ def _inner(rows: Rows, key: Key) -> dict[str, Any]:
 def _recommendation(rows: Rows, found: Mapping[str, Any], plan: Plan) -> dict[str, Any] | None:
     if not (found["ceiling"] and found["damage"]):
         return None
-    telling = [row for row in found["ceiling"] if row["low"] is not None and row["low"] > TWICE_THE_GATE]
+    telling = [row for row in found["ceiling"] if excludes_none(_as_recorded(row))]
     ceiling = (
         max(telling, key=lambda row: row["window"]) if telling else max(found["ceiling"], key=lambda row: row["nats"])
     )
@@ -185,6 +186,12 @@ def _recommendation(rows: Rows, found: Mapping[str, Any], plan: Plan) -> dict[st
         "inner_lr": None if rate is None else rate["rate"],
         "gate_can_tell": bool(telling),
     }
+
+
+def _as_recorded(row: Mapping[str, Any]) -> Ceiling:
+    """As the record of a run will carry it: the report must come to the same judgement."""
+    names = ("window", "stride", "nats", "low", "high", "blocks", "documents")
+    return Ceiling(**{name: row[name] for name in names}, checkpoint="")
 
 
 def _kept(found: Mapping[str, Any], plan: Plan, sinks: int) -> list[int]:

@@ -97,8 +97,7 @@ class Tasks:
         if self.plan.rates:
             for block in self.sweep:
                 yield self._learning(block, None, 0)
-                if self.plan.window < self.plan.context:
-                    yield self._learning(block, self.plan.window, best_sinks(self.rows, self.plan))
+                yield self._learning(block, self.plan.window, best_sinks(self.rows, self.plan))
 
     def _layers(self, count: int) -> Iterator[Task]:
         window, sinks = self.plan.window, best_sinks(self.rows, self.plan)
@@ -107,7 +106,7 @@ class Tasks:
         kept = best_kept(self.rows, window, sinks, count)
         # Before those layers are known, any that many stand for them: the estimate of the time left wants to know what is to come.
         others = [i for i in changed if i not in kept][: max(0, len(changed) - count)]
-        if window < self.plan.context and others:
+        if others:
             for block in spread(self.sweep, self.config.layer_documents):
                 yield self._keeping(block, window, sinks, kept, others)
 
