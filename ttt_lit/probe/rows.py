@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ttt_lit.experiment.statistics import mean_interval
+from ttt_lit.experiment.statistics import Interval, mean_interval
 
 Key = tuple[str | int | float | None, ...]
 """What was measured: its name and settings.
@@ -22,6 +22,7 @@ class Rows:
     def __init__(self) -> None:
         self._rows: dict[Key, dict[str, dict[str, Any]]] = {}
         self._documents: dict[str, int] = {}
+        self._intervals: dict[tuple[tuple[str, float], ...], Interval] = {}
 
     def add(self, key: Key, block: str, document: int, values: Mapping[str, Any]) -> None:
         self._rows.setdefault(key, {})[block] = dict(values)
@@ -46,7 +47,11 @@ class Rows:
 
     def interval(self, values: Mapping[str, float], name: str = "nats") -> dict[str, Any]:
         """Mean of values by block, with its 95 % interval over documents; null ends where there is one document alone."""
-        found = mean_interval([values], documents=self._documents)
+        # Every figure is made again after each row, and most have not changed.
+        same = tuple(sorted(values.items()))
+        if same not in self._intervals:
+            self._intervals[same] = mean_interval([values], documents=self._documents)
+        found = self._intervals[same]
         ends = (found.low, found.high) if found.bounded else (None, None)
         low, high = ("low", "high") if name == "nats" else (f"{name}_low", f"{name}_high")
         return {name: found.estimate, low: ends[0], high: ends[1]}
