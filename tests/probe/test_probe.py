@@ -143,6 +143,28 @@ def test_a_window_that_spans_the_context_costs_exactly_nothing(world, tmp_path):
     assert found["window"] == 8
 
 
+def test_a_hybrid_s_local_layers_keep_their_window_or_are_narrowed_without_sinks(world, tmp_path, blocks):
+    local, full, tokens = LayerSpec(window=8), LayerSpec(), blocks[0].tokens
+    decoder = write_checkpoint(tmp_path / "hybrid", local, full, local, full, tokenizer=world / "tokenizer")
+    given = ["--checkpoint", str(tmp_path / "hybrid"), "--data", str(world / "long"), "--output", str(tmp_path / "o")]
+    few = ["--sinks", "2", "--max-documents", "4", "--sweep-documents", "1", "--layer-documents", "1", "--inner-rates"]
+    assert cli.main(["probe", *given, *few]) == 0
+    found = json.loads((tmp_path / "o" / "probe.json").read_text())
+    weights = {name: tensor.double() for name, tensor in decoder.state_dict().items()}
+
+    def loss(*layers):
+        spec = decoder.spec.with_layers(layers)
+        return sequence_nll_naive(weights, spec, tokens[0], mode="none", chunk=CONTEXT, inner_lr=0.0, clip=0.0).mean()
+
+    for window, near in ((4, LayerSpec(window=4)), (8, local), (16, local)):
+        cut = LayerSpec(window=window, sink_tokens=2)
+        damage = loss(near, cut, near, cut) - loss(local, full, local, full)
+        assert only(found["damage"], window=window)["nats"] == pytest.approx(float(damage), abs=CLOSE)
+    assert [row["layer"] for row in found["layers"]["alone"]] == [1, 3]
+    assert found["inner"] == []
+    assert "Layers 1, 3 had full attention and get the sinks" in (tmp_path / "o" / "probe.md").read_text()
+
+
 def test_the_file_says_what_was_probed_and_with_what(world, probed):
     _, found = probed
     assert found["schema_version"] == 1

@@ -119,7 +119,7 @@ def _work(stages: Sequence[PlannedStage]) -> Table:
             stage.plan.name,
             stage.plan.config.mode,
             f"{stage.plan.context:,}",
-            "dense" if stage.plan.window is None else f"{stage.plan.window:,}",
+            "dense" if stage.plan.window is None else f"{stage.plan.window:,} + {stage.plan.sink_tokens}",
             "–" if stage.plan.budget.steps is None else f"{stage.plan.budget.steps:,}",
             _tokens(stage.tokens),
             _number(stage.ceiling, 0),
@@ -134,7 +134,7 @@ def _work(stages: Sequence[PlannedStage]) -> Table:
         rows.append(("all", "", "", "", f"{sum(s.plan.budget.steps or 0 for s in stages):,}", *whole))
     return Table(
         title="Stages (rates in tokens/s of one device)",
-        header=("stage", "mode", "context", "window", "steps", "tokens", "ceiling", "expected", "GPU-hours"),
+        header=("stage", "mode", "context", "window + sinks", "steps", "tokens", "ceiling", "expected", "GPU-hours"),
         rows=tuple(rows),
     )
 

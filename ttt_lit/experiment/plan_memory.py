@@ -1,7 +1,8 @@
 """Peak memory of a stage on one device, by part.
 
 The peak of a micro-batch comes from a rehearsal of the real code (``rehearsal.py``). It grows by the same amount with every chunk, so a
-few chunks are rehearsed and the rest is a straight line. What the ways to keep fast weights differ by is counted in copies.
+few chunks are rehearsed and the rest is a straight line. What the ways to keep fast weights differ by is counted in copies, and so are
+the carried keys of layers with sinks: whether a few chunks copy any is no matter of their number.
 """
 
 from __future__ import annotations
@@ -112,10 +113,25 @@ def _micro_batch(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting
     chunks = plan.context // plan.chunk
     usual = _stored(spec, plan, "every", setting)
     stored = _stored(spec, plan, engine.fast_weights, setting)
-    products = _kept_products(spec, plan, engine, setting)
-    kept = Peaks(products, products, 0)
-    phases = zip(_line(spec, batch, chunks), usual, stored, kept, strict=True)
+    more = _kept_products(spec, plan, engine, setting) + _gathered_keys(spec, plan, setting)
+    phases = zip(_line(_without_carried_sinks(spec), batch, chunks), usual, stored, Peaks(more, more, 0), strict=True)
     return max(((there, peak - here + more) for peak, here, there, more in phases), key=sum)
+
+
+def _without_carried_sinks(spec: ModelSpec) -> ModelSpec:
+    whole = spec.suffix_start + 1
+    carried = (dataclasses.replace(layer, sink_tokens=0) for layer in spec.layers[whole:])
+    return spec.with_layers((*spec.layers[:whole], *carried))
+
+
+def _gathered_keys(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
+    """Bytes of the copies that one chunk reads where a gap lies between the carried sinks and the carried window."""
+    copied = 0
+    for layer in spec.layers[spec.suffix_start + 1 :]:
+        reach = 0 if layer.window is None else layer.window - 1 + layer.sink_tokens
+        if layer.sink_tokens and reach < plan.context - plan.chunk:
+            copied += reach
+    return 2.0 * spec.num_kv_heads * spec.head_dim * plan.sequences * setting.number_bytes * copied
 
 
 def _line(spec: ModelSpec, batch: MicroBatch, chunks: int) -> Peaks:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ttt_lit.convert.windowed import windowed
+from ttt_lit.convert.windowed import windowed, with_windows
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.ops import carried_attention, cross_entropy
@@ -103,8 +103,11 @@ def _forward_and_backward(decoder: Decoder, tokens: Tensor, batch: MicroBatch, l
 
 
 def with_fused_windows(spec: ModelSpec, batch: MicroBatch) -> ModelSpec:
-    """On a GPU every attention holds its operands, its output and a number a row, whatever kernel runs: that of our operator."""
-    return spec if batch.on_cpu else windowed(spec, max(1, batch.context - 1))
+    """On a GPU every attention holds its operands, its output and a number a row, whatever kernel runs and whatever sinks it has: that
+    of our operator."""
+    if batch.on_cpu:
+        return spec
+    return windowed(with_windows(spec, [layer.window for layer in spec.layers]), max(1, batch.context - 1))
 
 
 @contextlib.contextmanager

@@ -112,6 +112,7 @@ class Results:
                 "chunk": plan.chunk,
                 "clip": CLIP,
                 "ttt_layers": list(start.spec.ttt_layers),
+                "imported_windows": [layer.window for layer in start.spec.layers],
             },
         }
         path = self.folder / NAME
@@ -128,7 +129,7 @@ class Results:
             f"{part}.{key}"
             for part in ("checkpoint", "data", "settings")
             for key, now in self.header[part].items()
-            if key != "name" and kept[part][key] != now
+            if key != "name" and kept[part].get(key) != now
         ]
         if differing:
             raise ValueError(

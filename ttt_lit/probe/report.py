@@ -33,7 +33,8 @@ def markdown(probe: Probe, command: str) -> str:
         f"{counted(probe['threads'], 'thread')}. Nats per token throughout; brackets are 95 % intervals over documents"
         + (f", too narrow below {MIN_DOCUMENTS} of them." if data["documents"] < MIN_DOCUMENTS else "."),
         "## Damage of the window",
-        "Loss minus the imported model's on the same tokens. Inside the window nothing changes; `block` is the mean over all positions.",
+        "Loss minus the imported model's on the same tokens. Inside the window nothing changes; `block` is the mean over all positions."
+        + _policy(settings["imported_windows"]),
         _table(("window", "sinks", "beyond the window", "block", "documents"), _damage_rows(probe)),
         "## The ceiling: what lost context is worth",
         "Loss of the imported model in fresh contexts of window to window + stride tokens, minus its loss with the whole past. Positions "
@@ -149,6 +150,21 @@ def _damage_at(probe: Probe, which: Any) -> Any:
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _policy(windows: Sequence[int | None]) -> str:
+    """Which layers are narrowed, where not all are alike."""
+    dense, local = (
+        [str(i) for i, each in enumerate(windows) if each is None],
+        {each for each in windows if each is not None},
+    )
+    if not local:
+        return ""
+    sizes = " or ".join(f"{each:,}" for each in sorted(local))
+    return (
+        f" Layers {', '.join(dense) or 'none'} had full attention and get the sinks; the others keep their window of {sizes} tokens, or where "
+        "that is larger than the one tried, are narrowed to it without sinks."
+    )
 
 
 def _damage_rows(probe: Probe) -> Iterable[Sequence[str]]:

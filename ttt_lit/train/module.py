@@ -109,10 +109,7 @@ class TTTModule(L.LightningModule):
         check_data(self.datamodule, self.start, self.plans, self.size)
         self._check_validation()
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
-        last = self.plans[-1].config
-        self.headline = headline_inner(
-            self.validation, last.mode, can_update=self.has_inner_loop and not last.sink_tokens
-        )
+        self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
         self.ledger = Ledger(devices=self.trainer.world_size)
         if self._ledger_state is not None:
             self.ledger.load_state_dict(self._ledger_state)
@@ -321,8 +318,7 @@ class TTTModule(L.LightningModule):
         ``batch`` holds tokens (B, T+1) and index (B,), as the data module streams them.
         """
         tokens = batch["tokens"].to(self.device)
-        config = self.plan.config
-        modes = evaluation_modes(config.mode, has_inner_loop=self.has_inner_loop, has_sinks=config.sink_tokens > 0)
+        modes = evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
         losses: dict[Inner, Tensor] = {
             inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll for inner, mode in modes.items()
         }

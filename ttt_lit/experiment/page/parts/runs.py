@@ -79,15 +79,18 @@ def _receipt(receipt: Mapping[str, Any]) -> Iterator[str]:
 
 
 def windows(stage: Stage) -> str:
-    """dense, a width, or how many layers have which."""
+    """dense, a width, or how many layers have which; and the sinks before them."""
     if all(width is None for width in stage.windows):
         return "dense"
     widest = window_of(stage)
+    sinks = f", {stage.sink_tokens} sinks" if stage.sink_tokens else ""
     if widest is not None and len(set(stage.windows)) == 1:
-        return f"window {widest:,}"
+        return f"window {widest:,}{sinks}"
     kinds = dict.fromkeys(stage.windows)
-    return "windows " + " + ".join(
-        f"{stage.windows.count(width)} × {'dense' if width is None else f'{width:,}'}" for width in kinds
+    return (
+        "windows "
+        + " + ".join(f"{stage.windows.count(width)} × {'dense' if width is None else f'{width:,}'}" for width in kinds)
+        + sinks
     )
 
 
