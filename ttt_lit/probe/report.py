@@ -162,8 +162,8 @@ def _policy(windows: Sequence[int | None]) -> str:
         return ""
     sizes = " or ".join(f"{each:,}" for each in sorted(local))
     return (
-        f" Layers {', '.join(dense) or 'none'} had full attention and get the sinks; the others keep their window of {sizes} tokens, or where "
-        "that is larger than the one tried, are narrowed to it without sinks."
+        f" Layers {', '.join(dense) or 'none'} had full attention and get the sinks; the others keep their window of {sizes} tokens, or are "
+        "narrowed to a smaller one without sinks."
     )
 
 
