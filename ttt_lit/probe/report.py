@@ -162,7 +162,7 @@ def _policy(windows: Sequence[int | None]) -> str:
         return ""
     sizes = " or ".join(f"{each:,}" for each in sorted(local))
     return (
-        f" Layers {', '.join(dense) or 'none'} had full attention and get the sinks; the others keep their window of {sizes} tokens, or are "
+        f" Layers {', '.join(dense) or 'none'} had full attention and get the sinks; the others keep their window of {sizes}, or are "
         "narrowed to a smaller one without sinks."
     )
 
