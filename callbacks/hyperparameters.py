@@ -39,5 +39,6 @@ def _settings(module: TTTModule) -> dict[str, str | float | int]:
         "ttt_layers": " ".join(map(str, start.spec.ttt_layers)),
         "stages": " ".join(f"{plan.name}:{plan.config.mode}" for plan in module.plans),
         "lr": module.plans[-1].config.lr,
+        "new_lr": module.plans[-1].config.peak_lr("prime"),
         "inner_lr": module.inner.lr,
     }

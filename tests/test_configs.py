@@ -15,6 +15,7 @@ from ttt_lit.experiment.matrix_file import read_matrix
 from ttt_lit.families import family_of_config
 from ttt_lit.train.run import assemble
 from ttt_lit.train.run_config import Role
+from ttt_lit.train.schedule import InnerLRSchedule
 from ttt_lit.train.stages import plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,17 +82,32 @@ def test_an_arm_is_named_after_its_file_and_knows_its_role(arm):
 
 
 def test_arms_of_a_comparison_differ_in_nothing_but_start_stages_and_layers():
-    """Assembled, not as written: budget, steps, optimiser, inner loop, rates, schedules and carry are those of every other arm."""
+    """Assembled, not as written: budget, steps, optimiser, schedules and carry are those of every other arm; rates and the inner loop those
+    of every arm of the family that starts from weights too, or from random ones too."""
     seen: dict[str, object] = {}
     for arm in ARMS:
         module = assembled(f"configs/{arm}.yaml", *DEMO[arm[0]]).module
-        shared = {name: getattr(module, name) for name in ("size", "budget", "inner", "optim", "engine")}
+        kind = f"{arm[0]} from {module.start_config.init}"
+        shared = {name: getattr(module, name) for name in ("size", "budget", "optim", "engine")}
+        shared |= {f"{kind}: inner": module.inner} if module.ttt is not None else {}
         shared["validation"] = dataclasses.replace(module.validation, headline="as_trained")
         shared["start"] = dataclasses.replace(module.start_config, init="checkpoint", init_from="")
         for name, stage in module.stages.enabled().items():
-            shared[f"stage {name}"] = dataclasses.replace(stage, attention="dense", mode="none")
+            plain = dataclasses.replace(stage, attention="dense", mode="none", inner_schedule=InnerLRSchedule())
+            shared[f"stage {name}"] = dataclasses.replace(plain, lr=1.0, new_lr=None)
+            shared[f"{kind}: lr of stage {name}"] = stage.lr
+            if stage.new_lr is not None:
+                shared[f"{kind}: new_lr of stage {name}"] = stage.new_lr
         for name, value in shared.items():
             assert seen.setdefault(name, value) == value, (arm, name)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_inner_rate_starts_low_in_the_first_stage_that_updates_and_in_no_other(arm):
+    module = assembled(f"configs/{arm}.yaml", *DEMO[arm[0]]).module
+    updating = [stage for stage in module.stages.enabled().values() if stage.mode in ("meta", "first_order")]
+    begins = [stage.inner_schedule.lr(1.0, 0.0) for stage in updating]
+    assert begins == pytest.approx([0.1, *[1.0] * (len(updating) - 1)] if updating else [])
 
 
 def test_a_size_says_how_much_and_never_touches_a_stage():

@@ -51,6 +51,10 @@ MAY_IMPORT = {
         *(f"ttt_lit.experiment.{name}" for name in ("launch", "matrix", "matrix_file", "record")),
     ),
     "ttt_lit.experiment.launch.dry_run": ("ttt_lit.experiment", "ttt_lit.train"),
+    "ttt_lit.probe": (
+        *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
+        *(f"ttt_lit.{name}" for name in ("metrics", "train", "experiment", "probe")),
+    ),
     "callbacks": ("ttt_lit",),
     "cli": ("ttt_lit",),
 }

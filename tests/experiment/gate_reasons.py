@@ -30,6 +30,7 @@ SENTENCES = {
     "too dear": "no run within 0.71",
     "gap": "no run between .* where the loss is worse, and 0.71",
     "unmatched": "is not the matched baseline of",
+    "inner loops": "start from weights do not have the same inner loop",
 }
 
 

@@ -98,6 +98,17 @@ def test_a_baseline_with_updates_is_not_compared_with_a_candidate_without():
     assert (gate.outcome, reason_kinds(gate.reasons)) == ("insufficient", {"unmatched"})
 
 
+def test_shares_of_a_candidate_with_other_inner_rates_are_no_candidate():
+    family = study_of(HOLDS_FROM_HALF)
+    for arm in family.arms:
+        for record in arm.records:
+            record.config = {"model": {"inner": {"lr": 1.0 if arm.share is None else 0.1}}}
+    assert primary_gate(family, "q_p1_bridge", "", "marginal", resamples=100).outcome == "pass"
+    family.shares("q_p1_bridge", "")[0.7].records[0].config = {"model": {"inner": {"lr": 0.3}}}
+    gate = primary_gate(family, "q_p1_bridge", "", "marginal", resamples=100)
+    assert (gate.outcome, reason_kinds(gate.reasons)) == ("insufficient", {"inner loops"})
+
+
 def test_a_saving_inside_the_tolerance_says_so_and_a_dearer_run_saves_nothing():
     gate = gate_of({0.35: 0.05, 0.5: 0.05, 0.7: 0.0, 1.0: 0.0}, measured={0.7: 0.709})
     assert gate.reasons[0].startswith("saves 29.1% of the baseline's GPU-hours, within the tolerance of 1%, with")

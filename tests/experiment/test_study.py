@@ -180,6 +180,29 @@ def test_short_documents_that_a_run_does_not_read_are_not_unequal():
     assert read_study([baseline(), bridge(data=Data(tokenizer="t", long="l"))]).problems == []
 
 
+def with_inner_lr(rate):
+    return {"model": {"inner": {"lr": rate, "clip": 1.0}}}
+
+
+def test_the_inner_rate_belongs_to_the_start_so_only_arms_that_start_from_weights_must_have_it_alike():
+    arms = [baseline(config=with_inner_lr(1.0)), bridge(config=with_inner_lr(0.1))]
+    assert read_study(arms).problems == []
+    direct = run("q_p2_direct", "direct", losses(3.0), config=with_inner_lr(0.3))
+    (problem,) = read_study([*arms, direct]).problems
+    assert problem.endswith("same inner loop (q_p1_bridge: lr 0.1 clip 1.0; q_p2_direct: lr 0.3 clip 1.0)")
+    direct.variant = "inner_lr=0.3"  # what an ablation changes on purpose
+    assert read_study([*arms, direct]).problems == []
+    static = run("q_static", "control", losses(3.0), config=with_inner_lr(1.0), headline="off")
+    static.stages[0].mode = "static"  # its rate moves nothing
+    static.stages[0].validations[0].inner = "off"
+    assert read_study([*arms, static]).problems == []
+
+
+def test_seeds_of_one_arm_have_one_inner_loop():
+    study = read_study([baseline(), *(bridge(seed=seed, config=with_inner_lr(0.1 + seed)) for seed in (0, 1))])
+    assert any("its seeds differ in the inner loop" in problem for problem in study.problems)
+
+
 BROKEN = {
     "no stages": {"stages": []},
     "no totals": {"totals": Spent()},

@@ -25,7 +25,7 @@ def clip_without_derivative(patch):
     patch.setattr(
         engine,
         "step_adjoint",
-        lambda a, w, v, step: adjoint(a, w, v, step._replace(clipped=torch.zeros_like(step.clipped))),
+        lambda a, w, v, step: adjoint(a, w, v, step._replace(bound=torch.zeros_like(step.bound))),
     )
 
 

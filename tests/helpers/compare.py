@@ -40,15 +40,18 @@ ENGINES = {
 }
 
 
-def scan(decoder, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0, engine=KEEP_ALL):
-    return sequence_loss(decoder, tokens, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, engine=engine)
+def scan(decoder, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0, rule="sgd", engine=KEEP_ALL):
+    return sequence_loss(
+        decoder, tokens, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, rule=rule, engine=engine
+    )
 
 
-def naive_losses_and_gradients(spec, state, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0):
+def naive_losses_and_gradients(spec, state, tokens, *, mode="meta", chunk=4, inner_lr=0.5, clip=1.0, rule="sgd"):
     """Token losses (B, T) and the gradient of their mean, sequence by sequence, from the specification."""
     weights = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
     rows = [
-        sequence_nll_naive(weights, spec, row, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip) for row in tokens
+        sequence_nll_naive(weights, spec, row, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, rule=rule)
+        for row in tokens
     ]
     losses = torch.stack(rows)
     gradients = torch.autograd.grad(losses.mean(), list(weights.values()), allow_unused=True, materialize_grads=True)

@@ -1,4 +1,4 @@
-"""The outer optimiser is AdamW with decay on everything that has a gradient, in two fixed groups, with state from the start."""
+"""The outer optimiser is AdamW with decay on everything that has a gradient, in fixed groups, with state from the start."""
 
 import copy
 
@@ -7,7 +7,16 @@ import torch
 from helpers.compare import assert_same_tensors, scan
 from helpers.tiny import random_decoder, random_tokens, tiny_spec
 
-from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, is_prime, load_moments, set_lr, zero_state
+from ttt_lit.train.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    group_of,
+    is_prime,
+    load_moments,
+    set_lr,
+    zero_state,
+)
 
 CONFIG = OptimConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2, clip_norm=0.5)
 RATES = [{"base": 0.0, "prime": 0.0}, {"base": 0.1, "prime": 0.3}, {"base": 0.05, "prime": 0.01}]
@@ -78,8 +87,28 @@ def test_prime_mlps_and_their_norms_are_one_group_and_all_else_the_other(decoder
         "prime_mlp.down_proj.weight",
     }  # fmt: skip
     assert groups == {"base": set(names.values()) - prime, "prime": prime}
-    assert is_prime("decoder.layers.3.post_prime_layernorm.weight")
-    assert not is_prime("layers.3.mlp.gate_proj.weight")
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("decoder.layers.3.post_prime_layernorm.weight", "prime"),
+        ("layers.3.prime_mlp.down_proj.weight", "prime"),
+        ("layers.3.self_attn.sink_logits", "sink"),
+        ("layers.3.self_attn.q_proj.weight", "base"),
+        ("layers.3.mlp.gate_proj.weight", "base"),
+    ],
+)
+def test_a_parameters_group_follows_from_its_name(name, group):
+    assert (group_of(name), is_prime(name)) == (group, group == "prime")
+
+
+def test_learned_sinks_are_a_group_of_their_own(decoder):
+    sink = torch.nn.Parameter(torch.zeros(2))
+    named = [*decoder.named_parameters(), ("layers.0.self_attn.sink_logits", sink)]
+    groups = {g["name"]: g["params"] for g in build_optimizer(named, CONFIG).param_groups}
+    assert list(groups) == ["base", "prime", "sink"]
+    assert groups["sink"] == [sink]
 
 
 def test_a_model_without_prime_mlps_has_one_group():

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from helpers.tiny import tiny_spec, ttt_layer
@@ -14,6 +15,7 @@ from ttt_lit.model.spec import LayerSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.evaluation import evaluation_modes
+from ttt_lit.train.optim import Group
 from ttt_lit.train.schedule import LRSchedule
 from ttt_lit.train.stages import SizeConfig, StageConfig, Stages, plan_stages
 from ttt_lit.train.start import StartConfig
@@ -197,6 +199,30 @@ def test_layers_to_update_mean_nothing_without_updates(mode):
         StageConfig(mode=mode, updated_layers=[0])
 
 
+IMPORT, SCRATCH = StartConfig(init_from="."), StartConfig(init_from=".", init="scratch")
+
+
+def test_what_is_new_may_have_a_rate_of_its_own():
+    config = StageConfig(mode="static", lr=1e-5, new_lr=1e-3)
+    assert {group: config.peak_lr(group) for group in get_args(Group)} == {"base": 1e-5, "prime": 1e-3, "sink": 1e-3}
+    assert {StageConfig(lr=1e-5).peak_lr(group) for group in get_args(Group)} == {1e-5}
+    check_stages([only(config)], SimpleNamespace(spec=tiny_spec(ttt_layer())), IMPORT, InnerLoop(), DEMO)
+
+
+@pytest.mark.parametrize(
+    "mode, spec, start, why",
+    [
+        ("static", tiny_spec(ttt_layer()), SCRATCH, "in a run from random weights, where everything is new"),
+        ("none", tiny_spec(ttt_layer()), IMPORT, "with mode none the stage trains nothing that is not the imported"),
+        ("none", tiny_spec(LayerSpec()), IMPORT, "with mode none the stage trains nothing that is not the imported"),
+    ],
+)
+def test_a_rate_of_what_is_new_is_refused_where_nothing_is(mode, spec, start, why):
+    plan = only(StageConfig(mode=mode, new_lr=1e-3))
+    with pytest.raises(ValueError, match=f"^stage B1: new_lr 0.001 has no effect:? {why}"):
+        check_stages([plan], SimpleNamespace(spec=spec), start, InnerLoop(), DEMO)
+
+
 @pytest.mark.parametrize("layers, unknown", [([4], [4]), ([-1, 0], [-1]), ([3, 9, 7], [7, 9])])
 def test_a_layer_to_keep_must_exist(layers, unknown):
     start = SimpleNamespace(spec=IMPORTED)
@@ -288,7 +314,7 @@ def test_stages_without_updates_do_not_care_for_the_chunk(mode):
         ({"window_share": 1.5}, "window_share: got 1.5"),
         ({"sink_tokens": -1}, "sink_tokens: got -1"),
         ({"lr": 0.0}, "got lr 0"),
-        ({"prime_lr_ratio": -1.0}, "prime_lr_ratio -1"),
+        ({"new_lr": -1.0}, "new_lr -1"),
         ({"lr": float("nan")}, "got lr nan"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from helpers.compare import ENGINES, assert_equals_naive, scan
 from helpers.tiny import random_decoder, random_tokens, specs, tiny_spec, ttt_layer
 from hypothesis import given, settings
@@ -110,6 +111,17 @@ def test_each_switch_of_the_network_with_exact_gradients(changes):
 def test_inner_rate_and_clip_off_active_and_inactive(inner_lr, clip):
     decoder = random_decoder(tiny_spec())
     assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, inner_lr=inner_lr, clip=clip)
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("mode", ["meta", "first_order"])
+def test_a_normalised_step_with_exact_gradients_in_every_engine(mode, engine):
+    decoder = random_decoder(tiny_spec(LayerSpec(window=4), ttt_layer(window=5), ttt_layer(window=3)))
+    tokens = random_tokens(2, 21)
+    assert_equals_naive(decoder, tokens, mode=mode, chunk=4, rule="normalised", clip=0.0, engine=engine)
+    normalised = scan(decoder, tokens, rule="normalised", clip=0.0)
+    assert (scan(decoder, tokens, clip=0.0).token_nll - normalised.token_nll).abs().max() > 1e-4
+    torch.testing.assert_close(normalised.update_norms, torch.full((4, 2), 0.5).double(), rtol=0.1, atol=0)
 
 
 def test_the_clip_may_bind_in_one_sequence_and_not_in_another():

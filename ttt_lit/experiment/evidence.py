@@ -11,7 +11,7 @@ from ttt_lit.experiment.arm import Account, Arm, unknown_parents
 from ttt_lit.experiment.comparison import flags
 from ttt_lit.experiment.findings import MIN_LEARNT
 from ttt_lit.experiment.formats import counted
-from ttt_lit.experiment.matching import unmatched
+from ttt_lit.experiment.matching import unlike_inner_loops, unmatched
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.statistics import MIN_DOCUMENTS
 
@@ -105,6 +105,7 @@ def evidence_reasons(baseline: Arm | None, arms: Sequence[Arm], account: Account
         if len(devices) > 1:
             yield f"GPU-hours of different devices: {', '.join(sorted(devices))}; run all on the same"
         yield from unmatched(baseline, arms)
+    yield from unlike_inner_loops(arms)
     for arm in arms:
         if arm.gpu_hours("marginal") is None:
             yield f"the GPU-hours of {arm.name} are not known"

@@ -14,6 +14,7 @@ def found_settings(records: Sequence[RunRecord]) -> dict[str, set[object]]:
         "the network": {(each.model.num_parameters, tuple(each.model.ttt_layers)) for each in records},
         "the setting that they are judged by": {each.headline for each in records},
         "their stages": {_plan(each) for each in records if each.status == "finished"},
+        "the inner loop": _known(map(_inner_loop, records)),
     }
 
 
@@ -47,6 +48,28 @@ def unequal(arm: Arm, other: Arm) -> list[str]:
     if arm.share is None and other.share is None:
         problems += _unequal_tokens(arm, other)
     return problems
+
+
+def unlike_inner_loops(arms: Iterable[Arm]) -> Iterator[str]:
+    """Arms that start from weights and learn while reading, with different settings of the inner loop: one setting was tuned for one arm.
+
+    Between the kinds of start it may differ: the rate is a property of the weights, so an imported model has the one that was measured on
+    it and the baseline the paper's. Each side then has what suits it, and all arms of a side have the same.
+    """
+    found: dict[object, list[str]] = {}
+    for arm in arms:
+        for setting in sorted(_known(_inner_loop(r) for r in arm.records if r.start.source is not None), key=str):
+            found.setdefault(setting, []).append(arm.name)
+    if len(found) > 1:
+        each = "; ".join(f"{', '.join(names)}: {setting}" for setting, names in found.items())
+        yield f"arms that start from weights do not have the same inner loop ({each})"
+
+
+def _inner_loop(record: RunRecord) -> str | None:
+    """The settings of the inner loop in words; None where the run has no updates, neither in training nor in the loss it is judged by."""
+    settings = record.config.get("model", {}).get("inner")
+    updates = record.headline == "on" or any(stage.mode in ("meta", "first_order") for stage in record.stages)
+    return " ".join(f"{name} {value}" for name, value in settings.items()) if updates and settings else None
 
 
 def _unequal_tokens(arm: Arm, other: Arm) -> Iterator[str]:

@@ -12,10 +12,11 @@ import functools
 import math
 from dataclasses import dataclass
 
-from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, learns, rehearse, with_fused_windows
+from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, rehearse, with_fused_windows
 from ttt_lit.model.flops import chunks_kept, product_numbers
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.ops.logit_tiles import tile_shape
+from ttt_lit.train.optim import learns
 from ttt_lit.train.stages import StagePlan
 from ttt_lit.ttt.settings import EngineConfig, FastWeightStorage
 

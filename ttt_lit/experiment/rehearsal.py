@@ -17,7 +17,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.ops import carried_attention, cross_entropy, distillation, logit_tiles, wide
 from ttt_lit.train.live_bytes import LiveBytes
-from ttt_lit.train.optim import is_prime
+from ttt_lit.train.optim import learns
 from ttt_lit.ttt import inner
 from ttt_lit.ttt.scan import sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
@@ -157,11 +157,6 @@ def _prepare_gradients(decoder: Decoder, batch: MicroBatch) -> None:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def learns(name: str, mode: Mode) -> bool:
-    """Whether a parameter gets a gradient in this mode."""
-    return mode != "none" or not is_prime(name)
 
 
 class _Opened(LiveBytes):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.ceiling import StudyCeiling, study_ceiling
-from ttt_lit.experiment.matching import found_settings, unequal
+from ttt_lit.experiment.matching import found_settings, unequal, unlike_inner_loops
 from ttt_lit.experiment.record import Role, RunRecord
 
 CANDIDATES: tuple[Role, ...] = ("bridge", "direct")
@@ -169,6 +169,7 @@ def _family_problems(study: FamilyStudy) -> Iterator[str]:
         yield from (f"{arm.name}: {problem}" for problem in arm.problems)
     if not study.arms:
         return
+    yield from unlike_inner_loops(arm for arm in study.arms if not arm.variant)
     ceiling, rows = study.ceiling, (row for arm in study.arms for record in arm.records for row in record.ceiling)
     if ceiling.ceiling is None and any(row.window == ceiling.window for row in rows):
         yield ceiling.problem

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.train.optim import group_of, learns
 from ttt_lit.train.stages import SizeConfig, StagePlan
 from ttt_lit.train.start import Start, StartConfig
 from ttt_lit.ttt.inner import InnerLoop
@@ -75,6 +76,8 @@ def check_stages(
             raise ValueError(
                 f"stage {plan.name}: updated_layers: got {updated}, expected some of the run's TTT layers {list(start.spec.ttt_layers)}"
             )
+        if plan.config.new_lr is not None:
+            _check_new_lr(plan, start, config)
         if mode != "none" and not start.spec.ttt_layers:
             raise ValueError(f"stage {plan.name}: mode {mode} needs TTT layers; set model.ttt")
         if mode in ("meta", "first_order") and inner.lr == 0:
@@ -86,6 +89,16 @@ def check_stages(
     if config.load == "all" and plans[0].config.carry != "all":
         raise ValueError(
             f"model.start: load all has no effect with carry params in stage {plans[0].name}; set carry: all"
+        )
+
+
+def _check_new_lr(plan: StagePlan, start: Start, config: StartConfig) -> None:
+    what = f"stage {plan.name}: new_lr {plan.config.new_lr:g} has no effect"
+    if config.init == "scratch":
+        raise ValueError(f"{what} in a run from random weights, where everything is new: set lr, and new_lr: null")
+    if not any(group_of(name) != "base" and learns(name, plan.config.mode) for name in start.spec.parameter_shapes()):
+        raise ValueError(
+            f"{what}: with mode {plan.config.mode} the stage trains nothing that is not the imported model's; set new_lr: null"
         )
 
 

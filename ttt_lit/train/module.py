@@ -31,7 +31,7 @@ from ttt_lit.train.evaluation import (
 )
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
-from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, load_moments, set_lr
+from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, load_moments, set_lr
 from ttt_lit.train.parallel import fill, reshard, shard
 from ttt_lit.train.position import block_ids
 from ttt_lit.train.run_config import RunConfig
@@ -259,7 +259,12 @@ class TTTModule(L.LightningModule):
     def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
         out: SequenceLoss = self.model(
-            tokens, mode=mode, chunk=self.size.chunk, inner_lr=inner_lr, clip=self.inner.clip
+            tokens,
+            mode=mode,
+            chunk=self.size.chunk,
+            inner_lr=inner_lr,
+            clip=self.inner.clip,
+            rule=self.inner.rule,
         )
         if not torch.is_grad_enabled():
             reshard(self.model)
@@ -270,12 +275,12 @@ class TTTModule(L.LightningModule):
             return
         config, fraction = self.plan.config, self.spent_fraction()
         self.fraction = fraction
-        lr = config.schedule.lr(config.lr, fraction)
-        self.rates = {"base": lr, "prime": lr * config.prime_lr_ratio}
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        self.rates = {group: config.schedule.lr(config.peak_lr(group), fraction) for group in group_names(optimizer)}
         # As in the reference, the inner warm-up counts the step that is being taken.
         step = 1 / self.plan.budget.steps if self.plan.budget.steps is not None else 0.0
         self.inner_lr = config.inner_schedule.lr(self.inner.lr, min(1.0, fraction + step))
-        set_lr(self.optimizers().optimizer, self.rates)  # type: ignore[union-attr]
+        set_lr(optimizer, self.rates)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         out = self.read(batch["tokens"], mode=self.plan.config.mode, inner_lr=self.inner_lr)

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ttt_lit.model.spec import Mode
 from ttt_lit.train.parallel import copy_full
 
-PRIME = ("prime_mlp.", "pre_prime_layernorm.", "post_prime_layernorm.")
+Group = Literal["base", "prime", "sink"]
+"""``base``: what was imported. The others are what a conversion adds: ``prime``, the prime MLPs and their norms; ``sink``, attention sinks'
+logits."""
+
+_ADDED: dict[Group, tuple[str, ...]] = {
+    "prime": ("prime_mlp.", "pre_prime_layernorm.", "post_prime_layernorm."),
+    "sink": ("self_attn.sink",),
+}
+"""Group → parts of its parameters' names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +44,10 @@ class OptimConfig:
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the groups ``base`` and ``prime`` (the second may be empty), learning rate 0 until a schedule sets it, zero state."""
-    named = list(parameters)
-    groups = {
-        "base": [p for name, p in named if not is_prime(name)],
-        "prime": [p for name, p in named if is_prime(name)],
-    }
+    """AdamW with a group for each ``Group`` that has parameters, learning rate 0 until a schedule sets it, zero state."""
+    groups: dict[Group, list[nn.Parameter]] = {group: [] for group in get_args(Group)}
+    for name, parameter in parameters:
+        groups[group_of(name)].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"name": name, "params": params} for name, params in groups.items() if params],
         lr=0.0,
@@ -51,9 +59,14 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Opti
     return optimizer
 
 
+def group_of(name: str) -> Group:
+    """The group that a parameter belongs to."""
+    return next((group for group, parts in _ADDED.items() if any(part in name for part in parts)), "base")
+
+
 def is_prime(name: str) -> bool:
     """Whether a parameter belongs to a prime MLP or its norms."""
-    return any(part in name for part in PRIME)
+    return group_of(name) == "prime"
 
 
 @torch.no_grad()
@@ -80,8 +93,18 @@ def load_moments(
             copy_full(value, saved[f"{name}.{part}"])
 
 
-def set_lr(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:
-    """Learning rate per group name."""
+def learns(name: str, mode: Mode) -> bool:
+    """Whether a parameter gets a gradient in this mode."""
+    return mode != "none" or not is_prime(name)
+
+
+def group_names(optimizer: torch.optim.Optimizer) -> list[Group]:
+    """The groups that an optimiser has."""
+    return [group["name"] for group in optimizer.param_groups]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, rates: Mapping[Group, float]) -> None:
+    """Learning rate per group."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ttt_lit.families.ttt_e2e import spec_from_case, state_from_reference, state_to_reference, switched_off
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
-from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, set_lr
+from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, set_lr
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.ttt.model import TTTModel
 from ttt_lit.ttt.settings import EngineConfig
@@ -223,7 +223,7 @@ def _train(case: Case, dtype: torch.dtype, engine: EngineConfig) -> tuple[float,
         for p in [*model.parameters(), *idle.values()]:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         clip_gradients(model.parameters(), config.clip_norm)
-        set_lr(optimizer, {"base": outer_lr(step), "prime": outer_lr(step)})
+        set_lr(optimizer, dict.fromkeys(group_names(optimizer), outer_lr(step)))
         optimizer.step()
         losses.append(out.loss.detach())
     ours = state_to_reference(case.spec, model.decoder.state_dict(), _shapes(case.group("weight.")))

@@ -45,9 +45,9 @@ class StageConfig:
     carry: Literal["all", "params"] = "params"
     """``params``: the optimiser starts afresh. ``all``: its moments and step counts are carried from the stage before."""
     lr: float = 3e-4
-    """Peak outer learning rate."""
-    prime_lr_ratio: float = 1.0
-    """Learning rate of the prime MLPs and their norms, as a multiple of ``lr``."""
+    """Peak outer learning rate of everything that was imported; in a run from random weights, of everything."""
+    new_lr: float | None = None
+    """Peak outer learning rate of what the run adds to an imported model: prime MLPs with their norms, learned sinks. null: ``lr``."""
     schedule: LRSchedule = field(default_factory=lambda: LRSchedule(warmup_share=0.1))
     """Outer learning rate over the share of the stage's budget that is spent."""
     inner_schedule: InnerLRSchedule = field(default_factory=InnerLRSchedule)
@@ -64,10 +64,14 @@ class StageConfig:
             raise ValueError(
                 f"stages: sink_tokens: got {self.sink_tokens}, expected 0 or more tokens, or null for the size's"
             )
-        if not (self.lr > 0 and self.prime_lr_ratio >= 0):
+        if not (self.lr > 0 and (self.new_lr is None or self.new_lr >= 0)):
             raise ValueError(
-                f"stages: got lr {self.lr} and prime_lr_ratio {self.prime_lr_ratio}, expected lr > 0 and a ratio >= 0"
+                f"stages: got lr {self.lr} and new_lr {self.new_lr}, expected lr > 0 and new_lr >= 0 or null"
             )
+
+    def peak_lr(self, group: str) -> float:
+        """Peak outer learning rate of a group of the optimiser."""
+        return self.lr if group == "base" or self.new_lr is None else self.new_lr
 
 
 @dataclass(frozen=True, kw_only=True)

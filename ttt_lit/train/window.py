@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ttt_lit.train.optim import Group
 from ttt_lit.train.parallel import sum_over_ranks
 
 
@@ -21,8 +22,8 @@ class StepReport:
     """Global norm of the outer gradient before clipping."""
     update_norms: tuple[float, ...]
     """Mean ‖ΔW‖ of each inner step over the step's sequences, in the order of the chunks; empty where nothing is updated."""
-    rates: dict[str, float]
-    """Outer learning rate per group."""
+    rates: dict[Group, float]
+    """Outer learning rate per group of the optimiser."""
     inner_lr: float
 
 
@@ -42,7 +43,7 @@ class StepWindow:
         batch = torch.full((1,), float(token_nll.shape[0]), dtype=torch.float64, device=total.device)
         self._norms.append(torch.cat([update_norms.detach().sum(1, dtype=torch.float64), batch]))
 
-    def close(self, *, rates: dict[str, float], inner_lr: float) -> StepReport:
+    def close(self, *, rates: dict[Group, float], inner_lr: float) -> StepReport:
         """Sum over ranks (a collective call) and start the next window."""
         assert self.grad_norm is not None
         sums = torch.cat([torch.stack(self._sums).sum(0), torch.stack(self._norms).sum(0)])

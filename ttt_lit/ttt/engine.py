@@ -19,7 +19,7 @@ from torch import Tensor
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.ttt.compiled import layer_runner
-from ttt_lit.ttt.inner import FastWeights, Step, step_adjoint
+from ttt_lit.ttt.inner import FastWeights, InnerRule, Step, step_adjoint
 from ttt_lit.ttt.reading import Reading, Slow
 from ttt_lit.ttt.settings import EngineConfig
 from ttt_lit.ttt.storage import FastWeightStore, make_store
@@ -36,6 +36,7 @@ def read_suffix(
     chunk: int,
     inner_lr: float,
     clip: float,
+    rule: InnerRule,
     engine: EngineConfig,
 ) -> tuple[Tensor, Tensor]:
     """Token losses (B, T) and inner steps' lengths (chunks − 1, B), from the stream x (B, T, D) above the lowest TTT layer's attention.
@@ -53,6 +54,7 @@ def read_suffix(
         chunk=chunk,
         lr=inner_lr,
         clip=clip,
+        rule=rule,
         residual_bytes=engine.residual_bytes,
         run=layer_runner(engine.compile, x.device),
     )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode
 from ttt_lit.ttt.compiled import compile_blocks, wants_compilation
+from ttt_lit.ttt.inner import InnerRule
 from ttt_lit.ttt.scan import SequenceLoss, sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
 
@@ -24,11 +25,20 @@ class TTTModel(nn.Module):
         self.engine = engine
         self._blocks_compiled = False
 
-    def forward(self, tokens: Tensor, *, mode: Mode, chunk: int, inner_lr: float, clip: float) -> SequenceLoss:
+    def forward(
+        self, tokens: Tensor, *, mode: Mode, chunk: int, inner_lr: float, clip: float, rule: InnerRule = "sgd"
+    ) -> SequenceLoss:
         """Losses of tokens (B, T+1) int64; the arguments are those of ``sequence_loss``."""
         if not self._blocks_compiled and wants_compilation(self.engine.compile, tokens.device):
             compile_blocks(self.decoder)
             self._blocks_compiled = True
         return sequence_loss(
-            self.decoder, tokens, mode=mode, chunk=chunk, inner_lr=inner_lr, clip=clip, engine=self.engine
+            self.decoder,
+            tokens,
+            mode=mode,
+            chunk=chunk,
+            inner_lr=inner_lr,
+            clip=clip,
+            rule=rule,
+            engine=self.engine,
         )

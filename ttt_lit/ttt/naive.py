@@ -17,7 +17,15 @@ Weights = Mapping[str, Tensor]
 
 
 def sequence_nll_naive(
-    weights: Weights, spec: ModelSpec, tokens: Tensor, *, mode: str, chunk: int, inner_lr: float, clip: float
+    weights: Weights,
+    spec: ModelSpec,
+    tokens: Tensor,
+    *,
+    mode: str,
+    chunk: int,
+    inner_lr: float,
+    clip: float,
+    rule: str = "sgd",
 ) -> Tensor:
     """Token losses (T,) in nats of one sequence of tokens (T+1,), differentiable in ``weights`` through every inner update."""
     updates = mode in ("meta", "first_order")
@@ -36,9 +44,15 @@ def sequence_nll_naive(
             if mode == "first_order":
                 gradient = tuple(g.detach() for g in gradient)
             norm = torch.sqrt(sum((g * g).sum() for g in gradient))  # type: ignore[arg-type]
-            factor = clip / norm if clip > 0 and norm > clip else 1.0
+            factor = _factor(norm, clip, rule)
             fast = {name: w - inner_lr * factor * g for (name, w), g in zip(fast.items(), gradient, strict=True)}
     return torch.cat(losses)
+
+
+def _factor(norm: Tensor, clip: float, rule: str) -> Tensor | float:
+    if rule == "normalised":
+        return 1 / (norm + 1e-3)
+    return clip / norm if clip > 0 and norm > clip else 1.0
 
 
 def _fast_names(index: int, layer: LayerSpec) -> list[str]:

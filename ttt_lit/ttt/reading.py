@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ttt_lit.ops.cross_entropy import linear_nll, nll_adjoint, nll_with_gradient
 from ttt_lit.ops.wide import without_autocast
 from ttt_lit.ttt.chunk import KeyValues, LayerInput, LayerResult, RunLayer, layer_kind
 from ttt_lit.ttt.dual import Dual, FastMLP, norm
-from ttt_lit.ttt.inner import Factors, FastWeights, Step, sgd_step
+from ttt_lit.ttt.inner import Factors, FastWeights, InnerRule, Step, normalised_step, sgd_step
 from ttt_lit.ttt.sums import HEAD, GradientSums, Key
 
 
@@ -59,12 +59,14 @@ class Reading:
         chunk: int,
         lr: float,
         clip: float,
+        rule: InnerRule,
         residual_bytes: float,
         run: RunLayer,
     ) -> None:
+        assert rule in get_args(InnerRule)
         spec = decoder.spec
         self._spec, self._targets, self._tables, self._run = spec, targets, tables, run
-        self._lr, self._clip, self._chunk = lr, clip, chunk
+        self._lr, self._clip, self._rule, self._chunk = lr, clip, rule, chunk
         self._dtype = _compute_dtype(decoder.norm.weight.dtype, targets.device)
         self._kinds = {
             i: layer_kind(spec, i, device=targets.device, dtype=self._dtype)
@@ -100,7 +102,7 @@ class Reading:
     def inner_step(
         self, chunk: Chunk, x: Tensor, slow: Slow, fast: FastWeights, *, keep: bool
     ) -> tuple[Tensor, FastWeights, Step, dict[int, Factors]]:
-        """Score a chunk, then take one SGD step on its mean loss: (token losses (B, C), new fast weights, the step, its factors).
+        """Score a chunk, then take one step on its mean loss: (token losses (B, C), new fast weights, the step, its factors).
 
         The inner gradient is with respect to the fast weights alone: carried keys and values are constants inside it.
         """
@@ -118,7 +120,10 @@ class Reading:
             assert inputs is not None
             factors[i] = Factors(*(t.detach() for t in inputs), *flat[3 * n : 3 * n + 3])
         with without_autocast(self._device):  # the weights and their steps stay in float32
-            new, step = sgd_step(fast, factors, lr=self._lr, clip=self._clip)
+            if self._rule == "sgd":
+                new, step = sgd_step(fast, factors, lr=self._lr, clip=self._clip)
+            else:
+                new, step = normalised_step(fast, factors, lr=self._lr)
         self._remember(chunk, results, keep=keep)
         return nll, new, step, factors
 

@@ -18,7 +18,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode
 from ttt_lit.ops.cross_entropy import linear_nll
 from ttt_lit.ttt.engine import read_suffix
-from ttt_lit.ttt.inner import check_mode
+from ttt_lit.ttt.inner import InnerRule, check_mode
 from ttt_lit.ttt.settings import EngineConfig
 
 
@@ -45,6 +45,7 @@ def sequence_loss(
     chunk: int,
     inner_lr: float,
     clip: float,
+    rule: InnerRule = "sgd",
     engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> SequenceLoss:
     """Read tokens (B, T+1) and score each of the T next-token predictions.
@@ -77,6 +78,7 @@ def sequence_loss(
         chunk=chunk,
         inner_lr=inner_lr,
         clip=clip,
+        rule=rule,
         engine=engine,
     )
     return SequenceLoss(nll, lengths)
