@@ -160,6 +160,7 @@ def test_a_stage_checkpoint_is_the_model_and_its_history(bridge, world):
     parts, _, record = bridge
     checkpoint = load_checkpoint(parts.run.folder / "checkpoints" / "C")
     checkpoint.verify()
+    assert checkpoint.generation_config == tiny.GENERATION
     assert checkpoint.spec == parts.module.stage_spec(parts.module.plans[-1])
     for name, parameter in parts.module.model.decoder.named_parameters():
         assert torch.equal(checkpoint.state()[name], parameter)
