@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cli
 from ttt_lit.experiment.devices import DEVICES, device_named
+from ttt_lit.experiment.formats import ranges
 from ttt_lit.experiment.plan_config import read_run
 from ttt_lit.experiment.plan_memory import _MASTER, Setting, stage_memory
 from ttt_lit.experiment.recommend import recommended
@@ -216,6 +217,12 @@ def test_a_budget_in_hours_is_planned_in_tokens_of_the_expected_rate(printed):
 def test_a_cpu_has_no_published_peak(printed):
     assert "give --peak-tflops" in printed()
     assert "give --peak-tflops" not in printed("--peak-tflops=0.05")
+
+
+def test_a_plan_names_the_ttt_layers_that_it_means_and_none_between(printed):
+    assert "TTT layers 0, 2, 4–5; shape from" in " ".join(printed("--model.ttt.layers=[0,2,4,5]").split())
+    assert ranges([17, 5, 11]) == "5, 11, 17"
+    assert ranges(range(21, 28)) == "21–27"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 EVERY_SECONDS = 10.0
+"""Wall-clock time between two lines of one step."""
 
 
 class Announcer:
@@ -14,11 +15,10 @@ class Announcer:
 
     Args:
         console: where the lines go; they are flushed one by one.
-        every_seconds: wall-clock time between two lines of one step.
     """
 
-    def __init__(self, console: Console, *, every_seconds: float = EVERY_SECONDS) -> None:
-        self._console, self._every = console, every_seconds
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._began = self._last = time.monotonic()
 
     def step(self, text: str) -> None:
@@ -27,7 +27,7 @@ class Announcer:
 
     def progress(self, text: str) -> None:
         """A step goes on; printed only where nothing has been for a while."""
-        if time.monotonic() - self._last >= self._every:
+        if time.monotonic() - self._last >= EVERY_SECONDS:
             self._print(text)
 
     def _print(self, text: str) -> None:

@@ -20,7 +20,7 @@ from ttt_lit.checkpoint.announcer import Announcer
 from ttt_lit.checkpoint.audit import Audit, Plan, make_plan, parse_allow, print_audit
 from ttt_lit.checkpoint.folders import new_folder
 from ttt_lit.checkpoint.headers import StoredTensor
-from ttt_lit.checkpoint.parity import ParityConfig, check_parity
+from ttt_lit.checkpoint.parity import ParityConfig, ParityReport, check_parity
 from ttt_lit.checkpoint.receipt import LineageStep
 from ttt_lit.checkpoint.source import SourceFolder, find_source, open_source
 from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint, write_descriptions, write_weights
@@ -81,7 +81,9 @@ def import_checkpoint(
         files = _copy_weights(partial, folder, plan, shard_bytes, say)
         report: dict[str, Any] | str = "not checked: switched off"
         if parity:
-            report = _prove(partial, folder, plan, parity_config or ParityConfig(), say)
+            proof = _prove(partial, folder, plan, parity_config or ParityConfig(), say)
+            console.print(proof.summary(), soft_wrap=True)
+            report = dataclasses.asdict(proof)
         audit = Audit(
             source=folder.name,
             family=plan.family.name,
@@ -107,14 +109,13 @@ def import_checkpoint(
     return load_checkpoint(output)
 
 
-def _prove(partial: Path, folder: SourceFolder, plan: Plan, config: ParityConfig, say: Announcer) -> dict[str, Any]:
+def _prove(partial: Path, folder: SourceFolder, plan: Plan, config: ParityConfig, say: Announcer) -> ParityReport:
     """Parity of what was just written, read back from disk. ValueError that names the first departing layer."""
     stored = stored_tensors(sorted(partial.glob("*.safetensors")))
     state = {name: read_tensor(stored[name]) for name in plan.spec.parameter_shapes()}
     report = check_parity(folder.path.resolve(), plan.spec, state, config=config, say=say)
     report.require(folder.name)
-    say.step(report.summary())
-    return dataclasses.asdict(report)
+    return report
 
 
 def _file_list(folder: SourceFolder, hashes: list[str]) -> tuple[dict[str, Any], ...]:

@@ -114,9 +114,7 @@ def check_parity(
         theirs = _run_transformers(source, batches, say)
         gc.collect()
         ours = _run_ours(spec, state, batches, say)
-        if say is not None:
-            say.step("parity: comparing the logits")
-        return _compare(theirs, ours, lengths, not_crossed)
+        return _compare(theirs, ours, lengths, not_crossed, say)
 
 
 def parity_lengths(spec: ModelSpec, config: ParityConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -201,13 +199,17 @@ def _watched(layers: Iterable[Any], whose: str, tokens: Tensor, say: Announcer |
             handle.remove()
 
 
-def _compare(theirs: Run, ours: Run, lengths: tuple[int, ...], not_crossed: tuple[int, ...]) -> ParityReport:
+def _compare(
+    theirs: Run, ours: Run, lengths: tuple[int, ...], not_crossed: tuple[int, ...], say: Announcer | None
+) -> ParityReport:
     parts = ["the embeddings", *(f"layer {i}" for i in range(len(ours[0][0]) - 1))]
     errors = dict.fromkeys(parts, 0.0)
     difference = largest = 0.0
     agree = positions = 0
     divergence = 0.0
     for (their_hidden, their_logits), (our_hidden, our_logits) in zip(theirs, ours, strict=True):
+        if say is not None:
+            say.step(f"parity: comparing the logits of {their_logits.shape[1]:,} tokens")
         for part, a, b in zip(parts, their_hidden, our_hidden, strict=True):
             errors[part] = _worse(errors[part], ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
         difference = _worse(difference, (their_logits - our_logits).abs().max().item())

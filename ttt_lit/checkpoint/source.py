@@ -22,6 +22,7 @@ GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 50_000_000
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 GENERATION_FILE = "generation_config.json"
 DOWNLOAD_PATTERNS = ["*.safetensors", INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -77,6 +78,11 @@ def open_source(path: Path, name: str) -> SourceFolder:
         path.glob("*.safetensors")
     ):
         raise ValueError(_gguf_advice(path, gguf[0]))
+    if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{path}: is an adapter (LoRA), not a model; merge it into its base model (peft: merge_and_unload, then save_pretrained) "
+            "and import that"
+        )
     config_text = read_json_text(path, CONFIG_FILE)
     config = parse_object(path / CONFIG_FILE, config_text)
     generation = read_json_text(path, GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None

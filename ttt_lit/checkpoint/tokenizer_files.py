@@ -69,7 +69,9 @@ def read_tokenizer_file(folder: Path) -> TokenizerFile | None:
         tokens |= {int(token["id"]): str(token.get("content")) for token in full.get("added_tokens") or ()}
         highest = max(text)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a usable tokenizer file: {type(error).__name__} {str(error)[:100]}") from None
+        raise ValueError(
+            f"{path}: not a usable tokenizer file: {type(error).__name__} {str(error)[:100]}; is the download complete?"
+        ) from None
     return TokenizerFile(
         highest_text_id=highest, highest_text_token=text[highest], highest_id=max(tokens), tokens=tokens
     )

@@ -86,7 +86,10 @@ def load_tokenizer(name: str) -> TextTokenizer:
             f"tokenizer {name}: {type(tokenizer).__name__} has no fast form; expected a folder with tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}")
+        raise ValueError(
+            f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}, or, where that belongs"
+            " to an imported checkpoint, in its source, and import again"
+        )
     full = json.loads(backend.to_str())
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(vocabulary.values()) + 1
