@@ -81,6 +81,15 @@ def position_loss(bucket: tuple[int, int], inner: Inner) -> str:
     return f"position/{inner}/nats_per_token_{start:06d}_to_{stop:06d}"
 
 
+DAMAGE_PARTS: Final = ("inside", "beyond", "nats")
+"""Of a context's positions: inside the stage's window, beyond it, all."""
+
+
+def damage(context: str, inner: Inner, part: str) -> str:
+    """Name of the loss above the imported model's on the same tokens, nats per token, at both ends of a stage."""
+    return f"damage/{context}/{inner}/{part}_nats_per_token"
+
+
 def on_tokens_axis(name: str) -> str:
     """The same metric logged with ``step`` = tokens trained; mixed axes under one tag are unreadable."""
     return TOKENS_AXIS + name
@@ -106,6 +115,10 @@ def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
         "training": {
             "nats per token against tokens": ["Multiline", ["^" + on_tokens_axis(TRAIN_LOSS)]],
             "nats per token against thousandths of a GPU-hour": ["Multiline", ["^" + on_gpu_hours_axis(TRAIN_LOSS)]],
+        },
+        "damage": {
+            "inner loop off": ["Multiline", ["damage/.*/off/.*"]],
+            "inner loop on": ["Multiline", ["damage/.*/on/.*"]],
         },
         "validation": {
             "nats per token": ["Multiline", ["^" + val_loss("on"), "^" + val_loss("off")]],

@@ -85,6 +85,7 @@ def arguments(world: Path, runs: Path, *extra: str, steps: int = 20) -> list[str
         "model.budget.tokens": 128 * steps,
         "model.validation.blocks": 4,
         "model.validation.subset": 2,
+        "model.validation.damage_blocks": 2,
         "model.validation.every_share": 0.25,
         "model.stages.B1": '{"enabled": true, "share": 0.2}',
         "model.stages.B2": '{"enabled": true, "share": 0.3}',

@@ -8,8 +8,10 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.train.evaluation import ValidationConfig
 from ttt_lit.train.optim import group_of, learns
-from ttt_lit.train.stages import SizeConfig, StagePlan
+from ttt_lit.train.requests import held_out_request
+from ttt_lit.train.stages import Context, SizeConfig, StagePlan
 from ttt_lit.train.start import Start, StartConfig
 from ttt_lit.ttt.inner import InnerLoop
 
@@ -90,6 +92,24 @@ def check_stages(
         raise ValueError(
             f"model.start: load all has no effect with carry params in stage {plans[0].name}; set carry: all"
         )
+
+
+def check_validation(
+    data: TokenDataModule,
+    config: ValidationConfig,
+    size: SizeConfig,
+    damage_contexts: Sequence[Context],
+    *,
+    world_size: int,
+) -> None:
+    """Every request of held-out blocks must be served, or a run would find out at its first stage end."""
+    wanted: list[tuple[str, Context]] = [("blocks", "long"), ("subset", "long")]
+    for name, context in wanted + [("damage_blocks", context) for context in damage_contexts]:
+        try:
+            request = held_out_request(size, context, getattr(config, name), world_size=world_size)
+            data.open(request, world_size=world_size)
+        except ValueError as error:
+            raise ValueError(f"model.validation.{name}: {error}") from error
 
 
 def _check_new_lr(plan: StagePlan, start: Start, config: StartConfig) -> None:

@@ -21,7 +21,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.ceiling import read_ceiling
-from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
+from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy, check_validation
 from ttt_lit.train.evaluation import (
     Evaluation,
     ValidationConfig,
@@ -34,9 +34,10 @@ from ttt_lit.train.ledger import Ledger
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, load_moments, set_lr
 from ttt_lit.train.parallel import fill, reshard, shard
 from ttt_lit.train.position import block_ids
+from ttt_lit.train.requests import held_out_request, training_request
 from ttt_lit.train.run_config import RunConfig
 from ttt_lit.train.stage_flops import stage_flops
-from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
+from ttt_lit.train.stages import Context, SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
 from ttt_lit.train.window import StepReport, StepWindow
 from ttt_lit.ttt.inner import InnerLoop
@@ -107,7 +108,8 @@ class TTTModule(L.LightningModule):
         used = self.plans if stage == "fit" else (self.plans[self.validate_stage],)
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
-        self._check_validation()
+        damaged = self.damage_contexts if self.start.origin.checkpoint is not None else ()
+        check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
         self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
         self.ledger = Ledger(devices=self.trainer.world_size)
@@ -116,15 +118,6 @@ class TTTModule(L.LightningModule):
         self.window = StepWindow()
         self.evaluation = self.new_evaluation()
         self._tables = {name: self.datamodule.token_bytes(name) for name in self._datasets()}
-
-    def _check_validation(self) -> None:
-        """Both requests must be served, or a run would find out at its first stage end."""
-        for name in ("blocks", "subset"):
-            try:
-                request = self.validation_request(getattr(self.validation, name))
-                self.datamodule.open(request, world_size=self.trainer.world_size)
-            except ValueError as error:
-                raise ValueError(f"model.validation.{name}: {error}") from error
 
     def configure_model(self) -> None:
         if self._model is not None:
@@ -218,17 +211,8 @@ class TTTModule(L.LightningModule):
     def train_request(self, index: int) -> StreamRequest:
         """What the data module streams in a stage, from where the ledger says that the stage stands."""
         plan = self.plans[index]
-        return StreamRequest(
-            dataset=plan.config.context,
-            split="train",
-            block_tokens=plan.context + 1,
-            batch_size=plan.sequences,
-            num_batches=plan.micro_batches,
-            start_batch=self.ledger.spent(plan.name).micro_batches,
-            accumulate=plan.accumulate,
-            stage=plan.order,
-            should_stop=(lambda: self.is_spent(plan)) if plan.micro_batches is None else None,
-        )
+        spent = self.ledger.spent(plan.name).micro_batches
+        return training_request(plan, spent, should_stop=lambda: self.is_spent(plan))
 
     def held_out(self, sequences: int) -> StreamRequest:
         """A few held-out long blocks, the same for any number of ranks when opened for one."""
@@ -236,23 +220,10 @@ class TTTModule(L.LightningModule):
             dataset="long", split="validation", block_tokens=self.size.long + 1, batch_size=1, num_batches=sequences
         )
 
-    def validation_request(self, blocks: int | None = None) -> StreamRequest:
-        """``blocks`` held-out long blocks (default: all that a stage end measures), the same for every stage, arm and rank count."""
-        blocks = blocks or self.validation.blocks
-        world = self.trainer.world_size
-        fitting = max(1, self.size.micro_batch_tokens // self.size.long)
-        if blocks % world:
-            raise ValueError(
-                f"validation: {blocks} blocks cannot be split over {world} ranks; use a multiple of {world}"
-            )
-        batch = next(n for n in range(min(fitting, blocks // world), 0, -1) if blocks % (n * world) == 0)
-        return StreamRequest(
-            dataset="long",
-            split="validation",
-            block_tokens=self.size.long + 1,
-            batch_size=batch,
-            num_batches=blocks // (batch * world),
-        )
+    def validation_request(self, blocks: int | None = None, context: Context = "long") -> StreamRequest:
+        """``blocks`` held-out blocks (default: all that a stage end measures), the same for every stage, arm and rank count."""
+        count = blocks or self.validation.blocks
+        return held_out_request(self.size, context, count, world_size=self.trainer.world_size)
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -312,15 +283,26 @@ class TTTModule(L.LightningModule):
         """Empty sums for one pass over held-out long blocks."""
         return Evaluation(self.size.long, short=self.size.short, has_inner_loop=self.has_inner_loop)
 
+    def evaluation_modes(self) -> dict[Inner, Mode]:
+        """In which mode each setting of the inner loop that the stage has is measured."""
+        return evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
+
+    @property
+    def damage_contexts(self) -> tuple[Context, ...]:
+        """The contexts on which damage is measured, if it is: the short one where the run has short documents."""
+        if not self.validation.damage_blocks:
+            return ()
+        return ("short", "long") if self.datamodule.folders["short"] is not None else ("long",)
+
     def measure(self, batch: dict[str, Tensor], evaluation: Evaluation) -> None:
         """Add the losses of held-out long blocks under every setting of the inner loop that the stage has, at its full rate.
 
         ``batch`` holds tokens (B, T+1) and index (B,), as the data module streams them.
         """
         tokens = batch["tokens"].to(self.device)
-        modes = evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
         losses: dict[Inner, Tensor] = {
-            inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll for inner, mode in modes.items()
+            inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll
+            for inner, mode in self.evaluation_modes().items()
         }
         self.add_losses(evaluation, losses, batch)
 
