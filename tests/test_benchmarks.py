@@ -72,7 +72,7 @@ def test_transformers_is_timed_beside_the_dense_step_only_where_it_agrees(meta_s
     assert "transformers and dense disagree" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arms", [["dense"], ["naive", "engine"]])
+@pytest.mark.parametrize("arms", [["first_order:keep"], ["naive", "engine"]])
 def test_a_wrong_attention_is_not_timed(meta_step, naive_step, monkeypatch, tmp_path, capsys, arms):
     right = naive_step.attention
     monkeypatch.setattr(
