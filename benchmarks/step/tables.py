@@ -71,8 +71,9 @@ def preamble(record: Mapping[str, Any]) -> str:
         f"A step is {step} of {_count(arguments['batch'], 'sequence')}, {_numbers(arguments['precision'], record['compiled'])}.",
         f"Network: {shape}; {parameters:,} parameters, of them {prime:,} in prime MLPs.",
         f"Times are medians of {_count(arguments['rounds'], 'interleaved round')}{clock}. "
-        "time ×: as a multiple of the dense step, median of the rounds' ratios. FLOPs ×: what the arm's policy asks for, computing again included, as a multiple of the dense step. quotient: the "
-        "first over the second. peak: bytes beyond parameters and optimizer state, gradients included.",
+        "time ×: as a multiple of the dense step, median of the rounds' ratios. FLOPs ×: what the arm's policy asks for, computing again "
+        "included, as a multiple of the dense step. quotient: the first over the second. peak: bytes beyond parameters and optimizer "
+        "state, gradients included.",
     ]
     for check in record["checks"]:
         lines.append(
