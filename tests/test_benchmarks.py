@@ -96,7 +96,7 @@ def test_sinks_stand_beside_the_same_arm_without_and_are_compared_with_their_own
     assert "engine_sinks:keep: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arms", [["dense"], ["naive", "engine"]])
+@pytest.mark.parametrize("arms", [["first_order:keep"], ["naive", "engine"]])
 def test_a_wrong_attention_is_not_timed(meta_step, naive_step, monkeypatch, tmp_path, capsys, arms):
     right = naive_step.attention
     monkeypatch.setattr(naive_step, "attention", lambda *qkv, scale, **reach: right(*qkv, scale=1.1 * scale, **reach))
