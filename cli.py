@@ -75,10 +75,16 @@ def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cli.py export", description=_export.__doc__)
     parser.add_argument("--checkpoint", required=True, help="folder of a dense or windowed checkpoint of ours")
     parser.add_argument("--output", required=True, help="folder to make; must not exist")
+    parser.add_argument(
+        "--engine",
+        choices=("any", "transformers"),
+        default="any",
+        help="who has to run it: transformers and vLLM's own class (default), or transformers alone",
+    )
     given = parser.parse_args(arguments)
     from ttt_lit.checkpoint.export import export_checkpoint
 
-    print(f"written to {export_checkpoint(given.checkpoint, given.output)}")
+    print(f"written to {export_checkpoint(given.checkpoint, given.output, engine=given.engine)}")
     return 0
 
 
@@ -86,6 +92,7 @@ def _prepare(arguments: list[str]) -> int:
     """Text → tokens → LitData shards with a manifest."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    from ttt_lit.data.corpus import left_out
     from ttt_lit.data.prepare import PrepareConfig, prepare
     from ttt_lit.strict_yaml import check_config_files
 
@@ -105,6 +112,9 @@ def _prepare(arguments: list[str]) -> int:
     sides = (f"{entry.documents} {name} documents with {entry.tokens} tokens" for name, entry in entries)
     note = " (prepared before with these settings: the source was not read again; delete the folder to renew it)"
     print(f"{config.output}: {', '.join(sides)}{note if known else ''}")
+    if not known and (names := left_out(config.source)):
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        print(f"note: not read, because of their endings: {shown}")
     return 0
 
 
@@ -200,6 +210,59 @@ def _matrix(arguments: list[str]) -> int:
     return launch_matrix(options, program=program, entry="ttt_lit.train.run:fit")
 
 
+def _probe(arguments: list[str]) -> int:
+    """What a conversion will do to a checkpoint, before any training: damage of the window, value of context, inner loop."""
+    parser = argparse.ArgumentParser(
+        prog="cli.py probe",
+        description=_probe.__doc__,
+        allow_abbrev=False,
+        epilog="Every result is written at once. The same command continues a probe that was cut off; more documents, windows or minutes "
+        "add to it. docs/probe.md says what each number means.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="folder of an imported checkpoint of ours, not yet converted"
+    )
+    parser.add_argument(
+        "--data", required=True, help="prepared folder, per_document, whose held-out documents are read"
+    )
+    parser.add_argument(
+        "--output", help="folder for probe.json, .md, .yaml and .png; default: probes/NAME of the checkpoint"
+    )
+    parser.add_argument("--context", type=int, help="tokens of each document; default: the folder's context")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", help="default: context/8, /4 and /2; the middle one is tried in depth"
+    )
+    parser.add_argument("--sinks", type=int, nargs="+", help="numbers of sink tokens; default: 0 1 4 16")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="tokens of a fresh context's piece; default: the window, or half of what lies beyond it",
+    )
+    parser.add_argument(
+        "--max-documents", type=int, help="for the ceiling; default: 20, below which no interval decides"
+    )
+    parser.add_argument("--sweep-documents", type=int, help="of these, for damage and inner loop; default: 4")
+    parser.add_argument("--layer-documents", type=int, help="of these, for single layers; 0: none; default: 2")
+    parser.add_argument("--keep-layers", type=int, help="length of the greedy list of kept layers; 0: none; default: 2")
+    parser.add_argument("--inner-rates", type=float, nargs="*", help="default: 1 0.3 0.1 0.03; none: no inner loop")
+    parser.add_argument("--chunk", type=int, help="tokens of an inner step; default: context/8, at most 1024")
+    parser.add_argument(
+        "--ttt-layers",
+        nargs="+",
+        metavar="LAYERS",
+        help="last_quarter, global, global_suffix or indices; default: global for models of two kinds of attention, else last_quarter",
+    )
+    parser.add_argument("--max-minutes", type=float, help="stop before a measurement that would end later")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="default: 32-true")
+    parser.add_argument("--device", help="torch device; default: cuda where there is one, else cpu")
+    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    _refuse_malicious_lightning()
+    from ttt_lit.probe.command import probe
+    from ttt_lit.probe.config import ProbeConfig
+
+    return probe(ProbeConfig(**given), command=shlex.join(["python", "cli.py", "probe", *arguments]))
+
+
 def _check_reference(arguments: list[str]) -> int:
     """Golden files of the official implementation: losses and exact gradients."""
     parser = argparse.ArgumentParser(prog="cli.py check-reference", description=_check_reference.__doc__)
@@ -216,7 +279,7 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a run, its record.json, or a folder of many runs"
     )
-    parser.add_argument("--output", help="folder for report.html, report.md, runs.csv, gates.csv and figures/")
+    parser.add_argument("--output", help="folder for report.html, report.md, three sheets (CSV) and figures/")
     given = parser.parse_args(arguments)
     from ttt_lit.experiment.report import console, read_records
 
@@ -234,6 +297,7 @@ def _report(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": _import,
     "prepare": _prepare,
+    "probe": _probe,
     "plan": _plan,
     "fit": _fit,
     "matrix": _matrix,

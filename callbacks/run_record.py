@@ -136,7 +136,7 @@ class RunRecorder(L.Callback):
             mode=plan.config.mode,
             context=plan.context,
             windows=[layer.window for layer in module.stage_spec(plan).layers],
-            sink_tokens=plan.config.sink_tokens,
+            sink_tokens=plan.sink_tokens,
             planned=schema.Planned(
                 optimizer_steps=plan.budget.steps, tokens=plan.tokens, gpu_seconds=plan.budget.seconds
             ),
@@ -248,7 +248,8 @@ def _data(module: TTTModule) -> schema.Data:
 
 
 def _transition(proof: dict[str, Any], plan: StagePlan) -> schema.Transition:
-    attention = "attention as imported" if plan.window is None else f"window {plan.window}"
+    sinks = f" with {plan.sink_tokens} sinks" if plan.sink_tokens else ""
+    attention = "attention as imported" if plan.window is None else f"window {plan.window}{sinks}"
     return schema.Transition(
         kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
         preserves=proof["preserves"],

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "ttt_lit": (),
     "ttt_lit.metrics": (),
     "ttt_lit.identity": (),
+    "ttt_lit.tokenizer_json": (),
     "ttt_lit.strict_yaml": (),
     "ttt_lit.ops": ("ttt_lit.ops",),
     "ttt_lit.model": ("ttt_lit.ops", "ttt_lit.model"),
@@ -25,9 +26,11 @@ MAY_IMPORT = {
     "ttt_lit.model.flops": ("ttt_lit.model.spec",),
     "ttt_lit.ttt": ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt"),
     "ttt_lit.families": ("ttt_lit.model.spec", "ttt_lit.families"),
-    "ttt_lit.checkpoint": ("ttt_lit.families", "ttt_lit.model", "ttt_lit.checkpoint", "ttt_lit.identity"),
+    "ttt_lit.checkpoint": (
+        *(f"ttt_lit.{name}" for name in ("families", "model", "checkpoint", "identity", "tokenizer_json")),
+    ),
     "ttt_lit.convert": ("ttt_lit.checkpoint", "ttt_lit.families", "ttt_lit.model", "ttt_lit.convert"),
-    "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity"),
+    "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity", "ttt_lit.tokenizer_json"),
     "ttt_lit.train": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
         *(f"ttt_lit.{name}" for name in ("metrics", "identity", "strict_yaml", "train")),
@@ -48,12 +51,17 @@ MAY_IMPORT = {
         *(f"ttt_lit.experiment.{name}" for name in ("launch", "matrix", "matrix_file", "record")),
     ),
     "ttt_lit.experiment.launch.dry_run": ("ttt_lit.experiment", "ttt_lit.train"),
+    "ttt_lit.probe": (
+        *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
+        *(f"ttt_lit.{name}" for name in ("metrics", "train", "experiment", "probe")),
+    ),
     "callbacks": ("ttt_lit",),
     "cli": ("ttt_lit",),
 }
 STANDARD_LIBRARY_ONLY = (
     "ttt_lit.metrics",
     "ttt_lit.identity",
+    "ttt_lit.tokenizer_json",
     "ttt_lit.model.spec",
     "ttt_lit.model.flops",
     "ttt_lit.experiment.strict_json",

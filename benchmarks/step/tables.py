@@ -47,10 +47,15 @@ def section(result: Mapping[str, Any], device: Cpu | Cuda, *, compiled: bool) ->
     if result["baseline"] not in (None, "dense"):
         lines.append(f"- The ratios are to {result['baseline']}.")
     lines += [f"- {arm['name']}: {arm['note']}." for arm in result["arms"] if arm["note"]]
-    errors = [arm["gradient_error"] for arm in result["arms"] if arm["gradient_error"] is not None]
-    if errors:
+    for name, price in result["sinks"].items():
+        times, flops = price["time_ratio"], price["flops_ratio"]
+        lines.append(f"- {name}: {times:.3f} × the time of the same arm without sinks, {flops:.4f} × its FLOPs.")
+    compared = [arm for arm in result["arms"] if arm["gradient_error"] is not None]
+    for reference in dict.fromkeys(arm["compared_with"] for arm in compared):
+        of_this = [arm for arm in compared if arm["compared_with"] == reference]
         lines.append(
-            f"- Exact arms agree with {result['reference']} in every gradient to {max(errors):.0e} of its norm."
+            f"- Compared with {reference}, every gradient agrees to {max(arm['gradient_error'] for arm in of_this):.0e} of its norm: "
+            f"{', '.join(arm['name'] for arm in of_this)}."
         )
     return "\n".join(lines).rstrip() + "\n"
 

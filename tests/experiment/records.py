@@ -2,6 +2,7 @@
 
 from ttt_lit.experiment.record import (
     Bucket,
+    Ceiling,
     Data,
     Document,
     Environment,
@@ -51,10 +52,20 @@ def validation(losses, *, context=CONTEXT, deciles=FALLING, short=None, inner="o
     )
 
 
-def stage(name="C", *, losses=None, validations=(), steps=STEPS):
+def ceiling(low, *, nats=None, documents=40, window=8192, checkpoint="dense"):
+    """That context beyond the window is worth ``low`` nats per token at least; None: no interval."""
+    centre = nats if nats is not None else (low or 0.0) + 0.005
+    high = None if low is None else centre + 0.005
+    return Ceiling(
+        window=window, stride=1024, nats=centre, low=low, high=high, blocks=documents, documents=documents,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def stage(name="C", *, losses=None, validations=(), steps=STEPS, mode="meta"):
     return Stage(
         name=name,
-        mode="meta",
+        mode=mode,
         context=CONTEXT,
         windows=[8192],
         planned=Planned(optimizer_steps=steps),

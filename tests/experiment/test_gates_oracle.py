@@ -1,142 +1,17 @@
-"""The primary gate against a second computation of the same rules, on 500 random studies."""
+"""The primary gate, and the recommendation that also needs TTT's own part, against a second computation of the rules on random studies."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 from gate_reasons import NOMINAL, SENTENCES, reason_kinds
-from records import CONTEXT, STEP_TOKENS, run, validation
+from random_studies import HOURS, random_world, records_of
+from records import STEP_TOKENS, ceiling, run, validation
 
-from ttt_lit.experiment.gates import primary_gate
-from ttt_lit.experiment.record import Environment, Model, Parent, Start
+from ttt_lit.experiment.gates import judge_candidates, primary_gate
+from ttt_lit.experiment.own_part import ceiling_sentence
+from ttt_lit.experiment.recommendation import recommend_scaling
 from ttt_lit.experiment.study import read_study
-
-HOURS = 100.0
-
-# ---- Random studies, as arrays
-
-
-def random_world(random):
-    """A study in plain numbers. Each defect is rare, so that about half of the studies have none."""
-
-    def rarely(chance=0.02):
-        return random.random() < chance
-
-    seeds = 1 if rarely(0.05) else int(random.integers(2, 4))
-    documents = 12 if rarely(0.03) else 32
-    context = 4096 if rarely() else CONTEXT
-    world = {
-        "account": ["marginal", "with_parents"][int(random.integers(2))],
-        "seeds": list(range(seeds)),
-        "ids": [f"{index:03}" for index in range(documents)],
-        "context": context,
-        "steps": 20 if rarely(0.03) else 240,
-        "entropy": None if rarely(0.03) else 4.0 if rarely(0.05) else 7.0,
-        "from_scratch": not rarely(),
-        "parents": random.choice([0.0, 0.0, 1.0, 12.0, 50.0], size=2).tolist(),
-        "baseline": None if rarely(0.03) else random.normal(3, 0.3, (seeds, documents)),
-        "baseline_status": "interrupted" if rarely() else "finished",
-        "arms": {},
-    }
-    if rarely(0.08):
-        world["parents"] = [[None, 5.0], []][int(random.integers(2))]
-    truth = world["baseline"] if world["baseline"] is not None else np.full((seeds, documents), 3.0)
-    states = sorted(random.choice(3, size=4), reverse=True)  # 2: above the limit, 1: crosses, 0: holds
-    kind = random.random()
-    if kind < 0.12:
-        states = [2, 2, 2, int(random.choice(3))]
-    elif kind < 0.45:
-        states = [int(random.choice(3)), 0, 0, 0]
-    if rarely(0.08):
-        states = random.permutation([2, 0, 0, 2])
-    for share, state in zip(NOMINAL, states, strict=True):
-        if not rarely(0.015):
-            world["arms"][share] = random_arm(random, world, truth, share, state)
-    if rarely(0.03):
-        world["arms"] = {}
-    return world
-
-
-def random_arm(random, world, truth, share, state):
-    """One wall-clock-matched arm; ``state`` says where its interval will lie."""
-
-    def rarely():
-        return random.random() < 0.01
-
-    documents = truth.shape[1]
-    centre = [random.uniform(-0.03, 0.0), random.uniform(0.0095, 0.0105), random.uniform(0.025, 0.06)][state]
-    noise = random.normal(0, 0.01, documents)
-    noise *= 0.01 / noise.std()
-    noise -= noise.mean()  # so that no bound lies so near the limit that two bootstraps could disagree
-    arm = {
-        "losses": truth + centre + noise + random.normal(0, 0.001, truth.shape),
-        "seeds": list(world["seeds"]),
-        "ids": list(world["ids"]),
-        "hours": share * HOURS * random.uniform(0.99, 1.01)
-        + (float(random.choice([0.4, 3.0])) if share == 0.7 else 0.0),
-        "status": "finished",
-        "device": "B200" if rarely() else "H200",
-        "num_devices": 8 if rarely() else 1,
-        "num_parameters": 2 if rarely() else 1,
-        "twice": rarely(),
-    }
-    if rarely():
-        arm["status"], arm["losses"][0, 3] = "diverged", np.nan
-    if rarely():
-        arm["status"] = "interrupted"
-    if rarely():
-        arm["ids"][0] = "zzz"
-    if rarely() and len(arm["seeds"]) > 1:
-        arm["seeds"][-1] += 10
-    return arm
-
-
-def records_of(world):
-    def runs(experiment, role, arm, **fields):
-        made = []
-        for seed, row in zip(arm["seeds"], arm["losses"], strict=True):
-            final = validation(dict(zip(arm["ids"], map(float, row), strict=True)), context=world["context"])
-            status = arm["status"]
-            made.append(
-                run(
-                    experiment,
-                    role,
-                    {},
-                    final=final,
-                    seed=seed,
-                    hours=arm["hours"],
-                    steps=world["steps"],
-                    status=status,
-                    reason=None if status == "finished" else "why",
-                    unigram_entropy=world["entropy"],
-                    environment=Environment(device=arm["device"], num_devices=arm.get("num_devices", 1)),
-                    model=Model(
-                        family="qwen2", num_parameters=arm.get("num_parameters", 1), num_layers=1, ttt_layers=[0]
-                    ),
-                    **fields,
-                )
-            )
-        return made
-
-    found = []
-    if world["baseline"] is not None:
-        arm = {"losses": world["baseline"], "seeds": world["seeds"], "ids": world["ids"], "hours": HOURS}
-        arm |= {"status": world["baseline_status"], "device": "H200"}
-        start = Start(source=None if world["from_scratch"] else "somewhere")
-        found += runs("q_ttt_scratch", "ttt_scratch", arm, start=start)
-    parents = [
-        Parent(name=f"parent/{index}", gpu_seconds=None if hours is None else hours * 3600)
-        for index, hours in enumerate(world["parents"])
-    ]
-    for share, arm in world["arms"].items():
-        made = runs("q_p1_bridge", "bridge", arm, share=share, parents=parents)
-        found += made
-        if arm["twice"]:
-            again = runs("q_p1_bridge", "bridge", arm, share=share, parents=parents)[0]
-            again.run_id = "zz"
-            found.append(again)
-    return found
-
 
 # ---- The same rules once more, on the arrays
 
@@ -244,3 +119,120 @@ def test_500_random_studies_end_as_a_second_computation_says():
     assert set(kinds) == set(SENTENCES)
     assert min(kinds.values()) >= 5, kinds
     assert reductions >= 50  # a reader sees what was measured also where it does not suffice
+
+
+# ---- Where a model without memory could pass: the ceiling, on − off, and the control that never updates
+
+CEILINGS = {
+    "high": [ceiling(0.02), ceiling(0.001, window=2048)],
+    "low": [ceiling(0.0199, nats=0.5)],
+    "few documents": [ceiling(0.05, documents=19)],
+    "no interval": [ceiling(None, nats=0.05)],
+    "another window": [ceiling(0.05, window=2048)],
+    "none": [],
+}
+CONTROLS = ("attention", "static", "missing", "single seed", "other attention", "updates", "other tokens", "harmed")
+
+
+def random_memory(random):
+    """What the gate of TTT's own part reads, in plain numbers."""
+
+    def pick(choices, first):
+        """The first as often as needed for many studies that have everything."""
+        return choices[0 if random.random() < first else int(random.integers(len(choices)))]
+
+    return {
+        "ceiling": pick([*CEILINGS, "conflict"], 0.35),
+        "on_off": pick([-0.02, 0.0, 0.02], 0.5),
+        "control": pick(CONTROLS, 0.4),
+        "against": pick([-0.03, 0.0, 0.03], 0.6),
+        "matched": random.random() < 0.95,
+    }
+
+
+def around(random, centre, shape):
+    """(seeds, documents) around a centre, so that the interval of the mean holds it and nothing far away."""
+    noise = random.normal(0, 0.01, shape[1])
+    return centre + (noise - noise.mean()) + random.normal(0, 1e-4, shape)
+
+
+def with_memory(world, memory, random):
+    """(records, on − off of every run of a share, matched arm − control): the tables as arrays, None where an arm is missing."""
+    records, ids, seeds = records_of(world), world["ids"], world["seeds"]
+    shape = (len(seeds), len(ids))
+    gains, over_control = around(random, memory["on_off"], shape), around(random, memory["against"], shape)
+    for record in records:
+        (on,) = record.stages[0].validations
+        row = gains[record.seed % 10]
+        off = {block.id: block.nats_per_token - by for block, by in zip(on.documents, row, strict=True)}
+        record.stages[0].validations = [validation(off, context=world["context"], inner="off"), on]
+    on = 3.0 + random.normal(0, 0.1, shape)
+
+    def add(experiment, role, rows, inner, **changes):
+        for seed, row in zip(seeds, rows, strict=True):
+            losses = dict(zip(ids, map(float, row), strict=True))
+            steps = world["steps"] + changes.get("steps", 0)
+            final = validation(losses, context=world["context"], inner=inner)
+            record = run(experiment, role, {}, final=final, seed=seed, steps=steps, headline=inner)
+            record.start_validation = validation({i: loss - changes.get("harm", 0) for i, loss in losses.items()})
+            last = record.stages[0]
+            last.mode, last.windows = changes.get("mode", "meta"), changes.get("windows", last.windows)
+            records.append(record)
+
+    if memory["matched"]:
+        add("q_p1_bridge", "bridge", on, "on")
+    changes = {
+        "static": {"mode": "static"}, "other attention": {"windows": [None]}, "updates": {"mode": "meta"}, "harmed": {"harm": 0.1},
+        "other tokens": {"steps": 1},
+    }.get(memory["control"], {})  # fmt: skip
+    if memory["control"] != "missing":
+        add("q_control", "control", on - over_control, "off", **{"mode": "none"} | changes)
+    if memory["control"] == "single seed":
+        records = [record for record in records if record.experiment != "q_control" or record.seed == 0]
+    for number, record in enumerate(records):
+        conflict = [ceiling(0.05, nats=0.06 if number else 0.07)]
+        record.ceiling = conflict if memory["ceiling"] == "conflict" else CEILINGS[memory["ceiling"]]
+    return records, gains, over_control
+
+
+def own_part(memory, gains, over_control, random):
+    """pass, fail or insufficient, from the tables."""
+    signs = [percentile_interval(gains, random)]
+    whole = memory["matched"] and memory["control"] in ("attention", "static")
+    signs += [percentile_interval(over_control, random)] if whole else []
+    if any(low > 0 for low, _ in signs):
+        return "fail"
+    return "pass" if whole and all(high < 0 for _, high in signs) else "insufficient"
+
+
+def test_120_random_studies_are_recommended_as_a_second_computation_says():
+    random, seen, done = np.random.default_rng(9), Counter(), 0
+    while done < 120:
+        world, memory = random_world(random) | {"account": "marginal"}, random_memory(random)
+        if (
+            world["baseline"] is None
+            or not world["arms"]
+            or not any(len(a["seeds"]) > 1 for a in world["arms"].values())
+        ):
+            continue
+        primary, _, _ = oracle(world, random)
+        if primary != "pass" and random.random() < 0.8:
+            continue  # the rest decides only where the primary gate passes
+        done += 1
+        records, gains, over_control = with_memory(world, memory, random)
+        (family,) = read_study(records).families.values()
+        judged = judge_candidates(family, resamples=400)
+        own, tells = own_part(memory, gains, over_control, random), memory["ceiling"] == "high"
+        wanted = {"fail": "no", "insufficient": "not yet"}.get(
+            primary, "scale up" if tells or own == "pass" else "not yet"
+        )
+        found = recommend_scaling(family, judged)
+        assert found.verdict == wanted, (memory, primary, own, found)
+        assert ("a model without memory could pass" in ceiling_sentence(family)) != tells, memory
+        if primary == "pass":
+            assert judged[0].own_part.outcome == own, (memory, judged[0].own_part)
+            assert ("without memory could pass" in found.why) == (not tells)
+            seen.update([(tells, own), memory["ceiling"], memory["control"], ("matched", memory["matched"])])
+    assert {key for key in seen if isinstance(key, str)} == {*CEILINGS, "conflict", *CONTROLS}
+    assert min(seen[tells, own] for tells in (True, False) for own in ("pass", "fail", "insufficient")) >= 4, seen
+    assert seen["matched", False] >= 2, seen

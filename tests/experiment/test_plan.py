@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import cli
-from ttt_lit.convert.windowed import windowed
 from ttt_lit.experiment.devices import DEVICES, device_named
+from ttt_lit.experiment.formats import ranges
 from ttt_lit.experiment.plan_config import read_run
 from ttt_lit.experiment.plan_memory import _MASTER, Setting, stage_memory
 from ttt_lit.experiment.recommend import Stage, recommended
@@ -44,7 +44,7 @@ def stage(name, *arguments):
     """A stage of the demo: its network and its plan."""
     run = read_run([*DEMO, *arguments], SHAPE)
     plan = next(plan for plan in run.plans(1) if plan.name == name)
-    return windowed(run.spec, plan.window), plan
+    return plan.network(run.spec), plan
 
 
 def allocated(step):
@@ -121,6 +121,20 @@ def test_every_way_to_keep_fast_weights_takes_the_memory_of_a_real_step(name, st
     engine = EngineConfig(recompute_blocks=False, fast_weights=storage)
     assert plan.accumulate > 1
     assert stage_memory(spec, plan, engine, CPU).total == pytest.approx(measured(spec, plan, engine), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_carried_keys_of_layers_with_sinks_are_those_of_a_real_step():
+    """Three of four layers of the suffix carry keys, windows below the context: their copies are most of what the sinks add."""
+    spec, plan = stage("C", FEWER, "--model.ttt.layers=[2]", "--model.size.window=64", "--model.size.sink_tokens=32")
+    without = spec.with_layers(tuple(dataclasses.replace(layer, sink_tokens=0) for layer in spec.layers))
+    planned, real = ([f(s, plan, EngineConfig()) for s in (spec, without)] for f in (planned_total, measured))
+    assert planned == pytest.approx(real, rel=TOLERANCE)
+    assert planned[0] - planned[1] == pytest.approx(real[0] - real[1], rel=0.3)
+
+
+def planned_total(spec, plan, engine):
+    return stage_memory(spec, plan, engine, CPU).total
 
 
 def test_half_precision_takes_the_memory_of_a_real_step():
@@ -217,9 +231,9 @@ def test_a_plan_is_printed_without_weights_data_or_gpu(printed, tmp_path):
     spec, plan = stage("C", FEWER)
     work = training_flops(spec, context=1024, mode="meta", chunk=32, kept_chunks=32).total
     row = next(line.split() for line in text.splitlines() if line.startswith("C  "))
-    assert row[1:6] == ["meta", "1,024", "256", f"{plan.budget.steps:,}", f"{plan.tokens:,}"]
-    assert float(row[6].replace(",", "")) == pytest.approx(989e12 / work, rel=1e-4)
-    assert float(row[7].replace(",", "")) == pytest.approx(0.5 * 989e12 / work, rel=1e-4)
+    assert row[1:8] == ["meta", "1,024", "256", "+", "4", f"{plan.budget.steps:,}", f"{plan.tokens:,}"]
+    assert float(row[8].replace(",", "")) == pytest.approx(989e12 / work, rel=1e-4)
+    assert float(row[9].replace(",", "")) == pytest.approx(0.5 * 989e12 / work, rel=1e-4)
 
 
 def test_what_does_not_fit_is_said_with_a_setting_that_does(printed):
@@ -238,6 +252,12 @@ def test_a_budget_in_hours_is_planned_in_tokens_of_the_expected_rate(printed):
 def test_a_cpu_has_no_published_peak(printed):
     assert "give --peak-tflops" in printed()
     assert "give --peak-tflops" not in printed("--peak-tflops=0.05")
+
+
+def test_a_plan_names_the_ttt_layers_that_it_means_and_none_between(printed):
+    assert "TTT layers 0, 2, 4–5; shape from" in " ".join(printed("--model.ttt.layers=[0,2,4,5]").split())
+    assert ranges([17, 5, 11]) == "5, 11, 17"
+    assert ranges(range(21, 28)) == "21–27"
 
 
 @pytest.mark.parametrize(

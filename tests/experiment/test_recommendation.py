@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from records import FALLING, run, stage, validation
+from records import FALLING, ceiling, run, stage, validation
 
 from ttt_lit.experiment.gates import judge_candidates
 from ttt_lit.experiment.next_step import EXAMPLE
@@ -31,6 +31,7 @@ def candidate(deltas, *, experiment="q_p1_bridge", seeds=(0, 1), deciles=FALLING
             final = validation(losses(3.0 + delta), deciles=deciles)
             hours = 100 * (1.0 if share is None else share)
             whole = {"share": share, "hours": hours, "stages": [stage(losses=train_losses, validations=[final])]}
+            whole["ceiling"] = [ceiling(0.05)]  # so high that the primary gate tells a memory from none
             made.append(run(experiment, "bridge", {}, final=final, seed=seed, **(whole | fields)))
     return made
 

@@ -233,7 +233,7 @@ def test_reasons_are_printed_once_or_the_file_that_has_them_is_named(monkeypatch
     assert text.count("  - wall-clock saving: there are no wall-clock-matched runs") == 1
     monkeypatch.setattr("ttt_lit.experiment.report.decision.MAX_REASONS", 1)
     (text,) = reason_lines(family, judged)
-    assert "2 different reasons, all of them in report.md" in text
+    assert "6 different reasons, all of them in report.md" in text
     assert "\n" not in text
 
 

@@ -45,7 +45,7 @@ def clip_of_the_batch(patch):
 def window_off_by_one(patch):
     """Each query sees one token more than its window."""
     tiles = tiled._tiles
-    patch.setattr(tiled, "_tiles", lambda q, k, window: tiles(q, k, window and window + 1))
+    patch.setattr(tiled, "_tiles", lambda q, k, window, sinks: tiles(q, k, window and window + 1, sinks))
     past = Reading._past
 
     def wider(self, index, chunk):

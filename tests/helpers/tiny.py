@@ -58,6 +58,7 @@ def random_tokens(batch, length, *, seed=0, vocab=VOCAB):
 
 
 WINDOWS = st.one_of(st.none(), st.sampled_from([1, 2, 3, 5, 7, 8, 40]))
+SINKS = st.sampled_from([0, 0, 1, 2, 4, 9])
 BASES = st.sampled_from([10.0, 100.0, 10_000.0])
 
 
@@ -69,7 +70,9 @@ def layer_specs(draw, *, ttt):
     # A prime MLP that never learns inside, and fast ordinary MLPs beside a prime MLP, are legal too.
     if fast == "prime" or draw(st.booleans()):
         prime = PrimeSpec(intermediate_size=draw(st.sampled_from([3, 6])), post_norm=draw(st.booleans()))
-    return LayerSpec(window=draw(WINDOWS), rope_base=draw(BASES), prime=prime, fast=fast)
+    window = draw(WINDOWS)
+    sinks = 0 if window is None else draw(SINKS)
+    return LayerSpec(window=window, sink_tokens=sinks, rope_base=draw(BASES), prime=prime, fast=fast)
 
 
 @st.composite

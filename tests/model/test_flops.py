@@ -157,15 +157,27 @@ def test_sinks_are_counted_in_the_layers_that_have_them():
     assert dataclasses.replace(with_sinks, attention_scores=without.attention_scores) == without
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_products_of_queries_and_keys_are_what_torch_counts_in_the_kernels(monkeypatch, window):
+def test_sinks_of_chunks_by_hand():
+    """Window 3, five sinks, chunks of 4: the first five queries see everything, every later one the sinks and its window where they do
+    not overlap. Inside the second chunk the first token is a sink, so all is seen; in the third there is none: 1+2+3+3."""
+    layers = (LayerSpec(), ttt(), LayerSpec(window=3, sink_tokens=5))
+    got = training_flops(small(layers=layers), context=12, mode="meta", chunk=4).layers[2]
+    updating = [(1 + 2 + 3 + 4, 10), (5 + 6 + 7 + 8, 10)]
+    work = sum(14 * visible + 8 * inside for visible, inside in updating) + 6 * (4 * 8)
+    assert got.attention_scores == 48 * work / 12
+
+
+@pytest.mark.parametrize("past", [7, 1])
+@pytest.mark.parametrize("window, sinks", [(None, 0), (5, 0), (5, 2), (2, 3)])
+def test_products_of_queries_and_keys_are_what_torch_counts_in_the_kernels(monkeypatch, window, sinks, past):
     """One query a tile: then no pair is masked. Scores that a backward makes again are subtracted; the count leaves them out."""
     monkeypatch.setattr(tiled_attention, "TILE", 1)
-    heads, dim, past, new = 2, 4, 7, 4
+    heads, dim, new = 2, 4, 4
+    reach = (1.0, window, sinks)
     q, tq, do, dto = (torch.randn(1, heads, new, dim) for _ in range(4))
     k, v = (torch.randn(1, 1, past + new, dim) for _ in range(2))
     tk, tv = (torch.randn(1, 1, new, dim) for _ in range(2))
-    visible, inside = key_count(past, past + new, window), key_count(0, new, window)
+    visible, inside = key_count(past, past + new, window, sinks), key_count(0, new, window, max(0, sinks - past))
     made = {}
 
     def count(name, function, *arguments):
@@ -174,12 +186,12 @@ def test_products_of_queries_and_keys_are_what_torch_counts_in_the_kernels(monke
         made[name] = counter.get_total_flops() / (2 * dim * heads)
         return result
 
-    o, lse = count("forward", tiled_attention.forward, q, k, v, 1.0, window)
+    o, lse = count("forward", tiled_attention.forward, q, k, v, *reach)
     known = (q, k, v, o, lse)
-    count("inner", tiled_attention.backward, do, *known, 1.0, window, new)
-    count("outer", tiled_attention.backward, do, *known, 1.0, window, past + new)
-    to, mu = count("tangent", tiled_attention.jvp, *known, tq, tk, tv, 1.0, window)
-    count("dual", tiled_attention.dual_backward, do, dto, *known, to, mu, tq, tk, tv, 1.0, window)
+    count("inner", tiled_attention.backward, do, *known, *reach, new)
+    count("outer", tiled_attention.backward, do, *known, *reach, past + new)
+    to, mu = count("tangent", tiled_attention.jvp, *known, tq, tk, tv, *reach)
+    count("dual", tiled_attention.dual_backward, do, dto, *known, to, mu, tq, tk, tv, *reach)
     again = {"forward": (0, 0), "inner": (1, 0), "outer": (1, 0), "tangent": (1, 0), "dual": (2, 1)}
     needed = {name: flops - again[name][0] * visible - again[name][1] * inside for name, flops in made.items()}
     sweep, last = needed["forward"] + needed["inner"], needed["forward"]
@@ -368,8 +380,6 @@ def test_misuse_is_an_error():
         training_flops(plain, context=8, mode="off")
     with pytest.raises(ValueError, match="has none"):
         training_flops(plain, context=8, mode="meta", chunk=4)
-    with pytest.raises(ValueError, match="carry no attention sinks"):
-        training_flops(small(layers=(LayerSpec(window=2, sink_tokens=1), ttt())), context=8, mode="meta", chunk=4)
     with pytest.raises(ValueError, match="got chunk 3 for context 8"):
         training_flops(small(), context=8, mode="meta", chunk=3)
     with pytest.raises(ValueError, match="got chunk None"):

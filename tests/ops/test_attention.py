@@ -31,28 +31,28 @@ def qkv(batch, heads, kv_heads, length, head_dim, seed=0, dtype=torch.float64, t
     return leaves
 
 
-def result_and_gradients(call, inputs, window):
-    out = call(*inputs, scale=SCALE, window=window)
+def result_and_gradients(call, inputs, window, sinks=0):
+    out = call(*inputs, scale=SCALE, window=window, sink_tokens=sinks)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def assert_equals_naive(inputs, window):
-    expected = result_and_gradients(attention_naive, inputs, window)
-    for ours, naive in zip(result_and_gradients(attention, inputs, window), expected, strict=True):
-        torch.testing.assert_close(ours, naive, **CLOSE)
+def assert_equals_naive(inputs, window, sinks=0, close=CLOSE):
+    expected = result_and_gradients(attention_naive, inputs, window, sinks)
+    for ours, naive in zip(result_and_gradients(attention, inputs, window, sinks), expected, strict=True):
+        torch.testing.assert_close(ours, naive, **close)
 
 
 @st.composite
 def problems(draw):
-    """(inputs, window): grouped heads, both layouts, windows below, at and above the length."""
+    """(inputs, window, sinks): grouped heads, both layouts, windows and sinks below, at and above the length."""
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2), (6, 2)]))
     shape = (draw(st.integers(1, 2)), heads, kv_heads, draw(st.integers(1, 13)), draw(st.sampled_from([2, 4])))
     inputs = qkv(*shape, seed=draw(st.integers(0, 10**6)), transposed=draw(st.booleans()))
-    return inputs, draw(st.one_of(st.none(), st.integers(1, 15)))
+    return inputs, draw(st.one_of(st.none(), st.integers(1, 15))), draw(st.sampled_from([0, 0, 1, 2, 4, 15]))
 
 
-@settings(max_examples=80)
+@settings(max_examples=120)
 @given(problem=problems())
 def test_outputs_and_gradients_equal_the_naive_twin(problem):
     assert_equals_naive(*problem)
@@ -64,11 +64,43 @@ def test_windows_and_lengths_around_the_edges_of_the_real_tile(length, window):
     assert_equals_naive(qkv(1, 2, 1, length, 2), window)
 
 
+@pytest.mark.parametrize("length", [64, 65, 200])
+@pytest.mark.parametrize("window, sinks", [(1, 1), (1, 100), (63, 4), (64, 64), (65, 134), (130, 69), (130, 70)])
+def test_sinks_around_the_edges_of_the_real_tile_and_of_full_sight(length, window, sinks):
+    assert_equals_naive(qkv(1, 2, 1, length, 2), window, sinks)
+
+
 def test_a_window_as_wide_as_the_text_is_dense_bit_for_bit():
     q, k, v = qkv(2, 4, 2, 9, 4)
     dense = attention(q, k, v, scale=SCALE, window=None)
     for window in (9, 10, 10**9):
         assert torch.equal(attention(q, k, v, scale=SCALE, window=window), dense)
+
+
+def test_sinks_and_window_that_cover_the_text_are_dense_bit_for_bit():
+    q, k, v = qkv(2, 4, 2, 9, 4)
+    dense = attention(q, k, v, scale=SCALE, window=None)
+    for window, sinks in ((5, 4), (1, 8), (1, 100), (9, 1)):
+        assert torch.equal(attention(q, k, v, scale=SCALE, window=window, sink_tokens=sinks), dense)
+
+
+def test_sinks_change_what_a_window_alone_gives_from_the_first_query_that_has_left_one_behind():
+    inputs = qkv(1, 2, 1, 9, 4)
+    alone, with_sinks = (attention(*inputs, scale=SCALE, window=3, sink_tokens=sinks) for sinks in (0, 2))
+    torch.testing.assert_close(with_sinks[:, :, :3], alone[:, :, :3], **CLOSE)
+    assert not torch.isclose(with_sinks[:, :, 3:], alone[:, :, 3:]).all(-1).any()
+
+
+def test_scores_that_overflow_an_exponential_stay_finite():
+    """Sinks that outweigh the window by e^2000, and the other way round."""
+    for strong in (slice(0, 2), slice(2, None)):
+        q, k, v = qkv(1, 1, 1, 8, 2)
+        with torch.no_grad():
+            q.fill_(1.0)
+            k.zero_()
+            k[:, :, strong] = 2000.0 / SCALE
+        # Gradients of q are differences of keys as large as that.
+        assert_equals_naive([q, k, v], 2, 2, close={"rtol": 1e-10, "atol": 1e-8})
 
 
 def test_window_one_sees_only_itself():
@@ -83,13 +115,26 @@ def test_visible_by_hand():
     assert visible(2, 3, None).int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
-@pytest.mark.parametrize("window", [None, 4])
+def test_visible_sinks_by_hand():
+    """Six queries, window 2, two sinks: the window, the sinks outside of it, and nothing ahead."""
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+    assert visible(6, 6, 2, sink_tokens=2).int().tolist() == expected
+
+
+@pytest.mark.parametrize("window, sinks", [(None, 0), (4, 0), (4, 3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_its_dtype_and_stays_near(dtype, window):
+def test_half_precision_keeps_its_dtype_and_stays_near(dtype, window, sinks):
     inputs = qkv(1, 4, 2, 9, 8, dtype=dtype)
-    out, *gradients = result_and_gradients(attention, inputs, window)
+    out, *gradients = result_and_gradients(attention, inputs, window, sinks)
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    expected, *_ = result_and_gradients(attention_naive, wide, window)
+    expected, *_ = result_and_gradients(attention_naive, wide, window, sinks)
     assert {x.dtype for x in (out, *gradients)} == {dtype}
     torch.testing.assert_close(out.double(), expected, **HALF_CLOSE)
 
@@ -113,6 +158,23 @@ def test_flash_attn_is_asked_for_the_same_layout_and_window(monkeypatch, window)
     monkeypatch.setattr(ops, "kernels_that_ran", set())
     assert_equals_naive(qkv(2, 4, 2, 7, 4), window)
     assert ops.kernels_that_ran == {"flash"}
+
+
+def test_flash_attn_which_has_no_sinks_is_not_asked_for_them(monkeypatch):
+    monkeypatch.setattr(ops, "_installed", {"flash_attn"}.__contains__)
+    monkeypatch.setattr(ops, "_flash", lambda *_: pytest.fail("flash-attn was called"))
+    monkeypatch.setattr(ops, "kernels_that_ran", set())
+    assert_equals_naive(qkv(1, 2, 1, 7, 4), 2, 1)
+    assert ops.kernels_that_ran == {"tiled"}
+
+
+def test_compiled_without_a_break_sinks_are_the_same():
+    """Traced as for a GPU, without a code generator."""
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    inputs = qkv(1, 4, 2, 12, 4)
+    expected = result_and_gradients(attention, inputs, 3, 2)
+    for traced, eager in zip(result_and_gradients(compiled, inputs, 3, 2), expected, strict=True):
+        torch.testing.assert_close(traced, eager, **CLOSE)
 
 
 HALF = (torch.bfloat16, torch.float16)

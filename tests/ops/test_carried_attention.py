@@ -18,8 +18,19 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 # Gradients of second order against float64, by norm: 24, 8 or 11 bits in each of several factors, and in the losses themselves.
 ROUNDED_NORM = {torch.float32: 4e-6, torch.bfloat16: 0.06, torch.float16: 0.006}
 NO_FORMULA = "no autograd formula"
-# (carried keys or None, window): without, with an empty and with a real past; windows that end in the chunk, in the past and before it.
-CASES = [(None, None), (None, 2), (0, 2), (3, None), (3, 1), (3, 2), (3, 5), (3, 50)]
+# (carried keys or None, (window, sinks)): without, with an empty and with a real past; windows that end in the chunk, in the past and
+# before it; sinks before the windows, touching them, and more of them than carried keys.
+CASES = [
+    (None, (None, 0)),
+    (None, (2, 0)),
+    (None, (1, 1)),
+    (0, (2, 0)),
+    (3, (None, 0)),
+    (3, (1, 0)),
+    (3, (2, 0)),
+    (3, (5, 0)),
+]
+CASES += [(3, (50, 0)), (3, (1, 1)), (3, (2, 2)), (3, (1, 4)), (3, (3, 9))]
 
 
 def random(*shapes, seed=0, dtype=torch.float64):
@@ -38,37 +49,40 @@ def directions(inputs, seed=1):
     return random(*(x.shape for x in inputs[:3]), seed=seed)
 
 
-def ours(window, known=None):
+def ours(window, sinks=0, known=None):
     """``attend`` as a function of q, k, v and the carried keys, if any."""
 
     def call(q, k, v, *past):
-        return attend(q, k, v, past or None, scale=SCALE, window=window, kernel="tiled", known=known).output
+        return attend(
+            q, k, v, past or None, scale=SCALE, window=window, sink_tokens=sinks, kernel="tiled", known=known
+        ).output
 
     return call
 
 
-def naive(window):
+def naive(window, sinks=0):
     def call(q, k, v, *past):
         keys, values = (torch.cat([x, y], dim=2) for x, y in zip(past, (k, v), strict=True)) if past else (k, v)
-        return attention_naive(q, keys, values, scale=SCALE, window=window)
+        return attention_naive(q, keys, values, scale=SCALE, window=window, sink_tokens=sinks)
 
     return call
 
 
-def dual(window):
+def dual(window, sinks=0):
     """``attend_dual`` as a function of q, k, v, their directions and the carried keys, if any."""
 
     def call(q, k, v, tq, tk, tv, *past):
+        reach = {"window": window, "sink_tokens": sinks}
         with torch.no_grad():
-            known = attend(q, k, v, past or None, scale=SCALE, window=window, kernel="tiled")
-        return attend_dual(q, k, v, past or None, known, (tq, tk, tv), scale=SCALE, window=window, kernel="tiled")
+            known = attend(q, k, v, past or None, scale=SCALE, **reach, kernel="tiled")
+        return attend_dual(q, k, v, past or None, known, (tq, tk, tv), scale=SCALE, **reach, kernel="tiled")
 
     return call
 
 
-def naive_dual(window):
+def naive_dual(window, sinks=0):
     def call(q, k, v, tq, tk, tv, *past):
-        return torch.func.jvp(lambda *x: naive(window)(*x, *past), (q, k, v), (tq, tk, tv))
+        return torch.func.jvp(lambda *x: naive(window, sinks)(*x, *past), (q, k, v), (tq, tk, tv))
 
     return call
 
@@ -92,7 +106,7 @@ def assert_all_close(got, expected):
 
 @st.composite
 def problems(draw):
-    """(inputs, window): any past, grouped heads, windows below, at and above the length."""
+    """(inputs, (window, sinks)): any past, grouped heads, windows and sinks below, at and above the length."""
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2)]))
     inputs = problem(
         draw(st.one_of(st.none(), st.integers(0, 6))),
@@ -103,14 +117,14 @@ def problems(draw):
         head_dim=draw(st.sampled_from([1, 3])),
         seed=draw(st.integers(0, 10**6)),
     )
-    return inputs, draw(st.one_of(st.none(), st.integers(1, 13)))
+    return inputs, (draw(st.one_of(st.none(), st.integers(1, 13))), draw(st.sampled_from([0, 0, 1, 2, 4, 12])))
 
 
 @settings(max_examples=60)
 @given(problem=problems())
 def test_output_and_gradients_equal_the_naive_twin(problem):
-    inputs, window = problem
-    out, expected = ours(window)(*inputs), naive(window)(*inputs)
+    inputs, seen = problem
+    out, expected = ours(*seen)(*inputs), naive(*seen)(*inputs)
     torch.testing.assert_close(out, expected, **CLOSE)
     assert_all_close(*(torch.autograd.grad(a_loss_of(x), inputs) for x in (out, expected)))
 
@@ -118,8 +132,8 @@ def test_output_and_gradients_equal_the_naive_twin(problem):
 @settings(max_examples=60)
 @given(problem=problems())
 def test_gradients_through_an_inner_gradient_equal_the_naive_twin(problem):
-    inputs, window = problem
-    losses = [meta_loss(call(window), inputs) for call in (ours, naive)]
+    inputs, seen = problem
+    losses = [meta_loss(call(*seen), inputs) for call in (ours, naive)]
     assert_all_close([losses[0].detach()], [losses[1].detach()])
     assert_all_close(*(torch.autograd.grad(loss, inputs) for loss in losses))
 
@@ -127,36 +141,37 @@ def test_gradients_through_an_inner_gradient_equal_the_naive_twin(problem):
 @settings(max_examples=60)
 @given(problem=problems())
 def test_the_dual_and_its_gradients_equal_forward_mode_of_the_naive_twin(problem):
-    inputs, window = problem
+    inputs, seen = problem
     leaves = [*inputs[:3], *directions(inputs), *inputs[3:]]
-    got, expected = (call(window)(*leaves) for call in (dual, naive_dual))
+    got, expected = (call(*seen)(*leaves) for call in (dual, naive_dual))
     assert_all_close(got, expected)
     assert_all_close(*(torch.autograd.grad(sum(map(a_loss_of, pair)), leaves) for pair in (got, expected)))
 
 
-@pytest.mark.parametrize("past, window", CASES)
-def test_the_log_sum_exp_is_that_of_the_scores_and_has_no_gradient(past, window):
+@pytest.mark.parametrize("past, seen", CASES)
+def test_the_log_sum_exp_is_that_of_the_scores_and_has_no_gradient(past, seen):
     q, k, v, *carried_keys = problem(past)
-    result = attend(q, k, v, tuple(carried_keys) or None, scale=SCALE, window=window, kernel="tiled")
+    window, sinks = seen
+    result = attend(q, k, v, tuple(carried_keys) or None, scale=SCALE, window=window, sink_tokens=sinks, kernel="tiled")
     keys = torch.cat([*carried_keys[:1], k], dim=2)
     scores = torch.einsum("bhqd,bkd->bhqk", q, keys[:, 0]) * SCALE
-    scores = scores.masked_fill(~visible(q.shape[2], keys.shape[2], window), -math.inf)
+    scores = scores.masked_fill(~visible(q.shape[2], keys.shape[2], window, sink_tokens=sinks), -math.inf)
     torch.testing.assert_close(result.lse, scores.logsumexp(dim=-1).detach(), **CLOSE)
     assert result.output.requires_grad
     assert not result.lse.requires_grad
 
 
-@pytest.mark.parametrize("past, window", CASES)
-def test_attend_passes_gradcheck_and_gradgradcheck(past, window):
+@pytest.mark.parametrize("past, seen", CASES)
+def test_attend_passes_gradcheck_and_gradgradcheck(past, seen):
     inputs = problem(past)
-    assert torch.autograd.gradcheck(ours(window), inputs)
-    assert torch.autograd.gradgradcheck(ours(window), inputs)
+    assert torch.autograd.gradcheck(ours(*seen), inputs)
+    assert torch.autograd.gradgradcheck(ours(*seen), inputs)
 
 
-@pytest.mark.parametrize("past, window", CASES)
-def test_attend_dual_passes_gradcheck(past, window):
+@pytest.mark.parametrize("past, seen", CASES)
+def test_attend_dual_passes_gradcheck(past, seen):
     inputs = problem(past)
-    assert torch.autograd.gradcheck(dual(window), [*inputs[:3], *directions(inputs), *inputs[3:]])
+    assert torch.autograd.gradcheck(dual(*seen), [*inputs[:3], *directions(inputs), *inputs[3:]])
 
 
 def test_heads_of_their_own_and_wider_groups_pass_gradchecks_too():
@@ -166,16 +181,16 @@ def test_heads_of_their_own_and_wider_groups_pass_gradchecks_too():
         assert torch.autograd.gradcheck(dual(3), [*inputs[:3], *directions(inputs), *inputs[3:]])
 
 
-@pytest.mark.parametrize("past, window", CASES)
-def test_the_dual_is_the_derivative_of_attend(past, window):
+@pytest.mark.parametrize("past, seen", CASES)
+def test_the_dual_is_the_derivative_of_attend(past, seen):
     """Along a direction: the gradient of ⟨u, transposed derivative⟩, which is linear in the cotangent u, in u."""
     inputs = problem(past)
     along = directions(inputs)
-    out = ours(window)(*inputs)
+    out = ours(*seen)(*inputs)
     u = torch.zeros_like(out, requires_grad=True)
     transposed = torch.autograd.grad(out, inputs[:3], u, create_graph=True)
     (expected,) = torch.autograd.grad(sum((g * t).sum() for g, t in zip(transposed, along, strict=True)), u)
-    assert_all_close(dual(window)(*inputs[:3], *along, *inputs[3:]), (out, expected))
+    assert_all_close(dual(*seen)(*inputs[:3], *along, *inputs[3:]), (out, expected))
 
 
 @pytest.mark.parametrize("which", ["output", "tangent"])
@@ -210,12 +225,13 @@ def test_gradients_of_carried_keys_are_computed_only_where_they_are_required(num
 @settings(max_examples=30)
 @given(problem=problems())
 def test_a_known_result_has_the_same_value_and_derivatives_of_both_orders(problem):
-    inputs, window = problem
+    inputs, seen = problem
     with torch.no_grad():
-        known = attend(*inputs[:3], tuple(inputs[3:]) or None, scale=SCALE, window=window, kernel="tiled")
-    out, again = ours(window)(*inputs), ours(window, known)(*inputs)
+        reach = {"window": seen[0], "sink_tokens": seen[1]}
+        known = attend(*inputs[:3], tuple(inputs[3:]) or None, scale=SCALE, **reach, kernel="tiled")
+    out, again = ours(*seen)(*inputs), ours(*seen, known)(*inputs)
     assert torch.equal(out, again)
-    losses = [meta_loss(call, inputs) for call in (ours(window), ours(window, known))]
+    losses = [meta_loss(call, inputs) for call in (ours(*seen), ours(*seen, known))]
     for first, second in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
         assert torch.equal(first, second)
 
@@ -251,7 +267,7 @@ def operator_arguments(past, dtype):
     """Operator → arguments, of one problem with leaves that ask for gradients where a gradient is offered."""
     q, k, v, *rest = problem(past, length=4, dtype=dtype)
     past_k, past_v = rest or (None, None)
-    tensors, settings = (q, k, v, past_k, past_v), (SCALE, 3, "tiled")
+    tensors, settings = (q, k, v, past_k, past_v), (SCALE, 3, 2, "tiled")
     constants = [None if x is None else x.detach() for x in tensors]
     output, lse = (x.detach() for x in carried._attend(*tensors, None, None, *settings))
     tq, tk, tv, do = random(q.shape, k.shape, v.shape, q.shape, dtype=dtype)

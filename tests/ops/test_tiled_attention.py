@@ -18,13 +18,16 @@ FLOAT32_NORM = 2e-6
 HALF_NORM = {torch.bfloat16: 0.02, torch.float16: 0.0025}
 # The real tile, and tiles that end anywhere in texts of a dozen tokens.
 TILES = [1, 2, 3, 7, 64]
+SINKS = st.sampled_from([0, 0, 1, 2, 3, 5, 13])
 KINDS = ["o", "lse", "dq", "dk", "dv", "to", "mu"] + [f"{c}:{x}" for c in ("do+dto", "dto") for x in range(6)]
 
 
 class Problem:
     """Random operands, cotangents and directions; ``num_new`` trailing keys have a direction."""
 
-    def __init__(self, batch, heads, kv_heads, queries, keys, num_new, head_dim, window, *, seed=0, dense=True):
+    def __init__(
+        self, batch, heads, kv_heads, queries, keys, num_new, head_dim, window, sinks=0, *, seed=0, dense=True
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def random(num_heads, length):
@@ -34,7 +37,7 @@ class Problem:
         self.q, self.do, self.tq, self.dto = (random(heads, queries) for _ in range(4))
         self.k, self.v = random(kv_heads, keys), random(kv_heads, keys)
         self.tk, self.tv = random(kv_heads, num_new), random(kv_heads, num_new)
-        self.window, self.num_new, self.old = window, num_new, keys - num_new
+        self.window, self.sinks, self.num_new, self.old = window, sinks, num_new, keys - num_new
 
     def to(self, dtype):
         for name in ("q", "k", "v", "do", "dto", "tq", "tk", "tv"):
@@ -42,12 +45,12 @@ class Problem:
         return self
 
     def naive(self, q, k, v):
-        return attention_naive(q, k, v, scale=SCALE, window=self.window)
+        return attention_naive(q, k, v, scale=SCALE, window=self.window, sink_tokens=self.sinks)
 
 
 def ours(p):
     """All results of the four functions, by name."""
-    qkv, settings = (p.q, p.k, p.v), (SCALE, p.window)
+    qkv, settings = (p.q, p.k, p.v), (SCALE, p.window, p.sinks)
     o, lse = tiled.forward(*qkv, *settings)
     gradients = tiled.backward(p.do, *qkv, o, lse, *settings, p.num_new)
     direction = (p.tq, p.tk, p.tv)
@@ -76,7 +79,7 @@ def expected(p):
 
 def _scores(p, q, k, _):
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * SCALE
-    scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], p.window), float("-inf"))
+    scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], p.window, sink_tokens=p.sinks), float("-inf"))
     return scores, scores.logsumexp(dim=-1)
 
 
@@ -93,17 +96,18 @@ def assert_close_in_norm(got, wanted, limit):
 
 @st.composite
 def problems(draw):
-    """Fewer queries than keys, directions on some of the keys, grouped heads, both layouts, windows below, at and above the length."""
+    """Fewer queries than keys, directions on some of the keys, grouped heads, both layouts, windows and sinks below, at and above the
+    length."""
     keys = draw(st.integers(1, 12))
     heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2), (6, 2)]))
     lengths = (draw(st.integers(1, keys)), keys, draw(st.integers(1, keys)))
     window = draw(st.one_of(st.none(), st.integers(1, 14)))
-    shape = (draw(st.integers(1, 2)), *heads, *lengths, draw(st.sampled_from([1, 3])), window)
+    shape = (draw(st.integers(1, 2)), *heads, *lengths, draw(st.sampled_from([1, 3])), window, draw(SINKS))
     problem = Problem(*shape, seed=draw(st.integers(0, 10**6)), dense=draw(st.booleans()))
     return problem, draw(st.sampled_from(TILES))
 
 
-@settings(max_examples=80)
+@settings(max_examples=120)
 @given(problem_and_tile=problems())
 def test_all_four_functions_equal_derivatives_of_the_naive_twin(problem_and_tile):
     problem, tile = problem_and_tile
@@ -121,6 +125,29 @@ def test_windows_around_every_edge(monkeypatch, tile, window, queries, keys, num
     assert_close(ours(problem), expected(problem))
 
 
+@pytest.mark.parametrize("tile", [1, 3, 7])
+@pytest.mark.parametrize("window, sinks", [(1, 1), (1, 3), (2, 2), (2, 5), (3, 1), (4, 4), (8, 2), (3, 6), (2, 50)])
+@pytest.mark.parametrize("queries, keys, num_new", [(9, 9, 9), (4, 12, 4), (4, 12, 11), (3, 12, 7)])
+def test_sinks_around_every_edge(monkeypatch, tile, window, sinks, queries, keys, num_new):
+    """Before the windows, touching them, inside them; constants, with directions, and some of both."""
+    monkeypatch.setattr(tiled, "TILE", tile)
+    problem = Problem(1, 2, 1, queries, keys, num_new, 2, window, sinks)
+    assert_close(ours(problem), expected(problem))
+
+
+@settings(max_examples=40)
+@given(problem_and_tile=problems())
+def test_sinks_of_which_a_window_hides_none_change_no_bit(problem_and_tile):
+    problem, tile = problem_and_tile
+    problem.window, problem.sinks = problem.k.shape[2], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "TILE", tile)
+        plain = ours(problem)
+        problem.sinks = 3
+        for name, x in ours(problem).items():
+            assert torch.equal(x, plain[name]), name
+
+
 @pytest.mark.parametrize("tile", [3, 64])
 def test_the_layout_of_operands_cotangents_and_directions_is_free(monkeypatch, tile):
     monkeypatch.setattr(tiled, "TILE", tile)
@@ -133,22 +160,27 @@ def test_the_layout_of_operands_cotangents_and_directions_is_free(monkeypatch, t
 
 
 @settings(max_examples=150)
-@given(st.integers(1, 40), st.integers(0, 40), st.one_of(st.none(), st.integers(1, 50)), st.integers(1, 20))
-def test_tiles_hide_what_is_not_visible_and_hold_window_plus_tile_keys_at_most(queries, before, window, tile):
-    q, k = torch.zeros(1, 2, queries, 1), torch.zeros(1, 1, before + queries, 1)
-    seen = visible(queries, before + queries, window)
+@given(
+    *(st.integers(1, 40), st.integers(0, 40), st.one_of(st.none(), st.integers(1, 50))),
+    *(st.sampled_from([0, 1, 4, 20, 99]), st.integers(1, 20)),
+)
+def test_tiles_hide_what_is_not_visible_and_hold_window_plus_tile_keys_and_sinks_at_most(
+    queries, before, window, sinks, tile
+):
+    q, k = torch.zeros(1, 2, queries, 1), torch.arange(before + queries).view(1, 1, -1, 1)
+    seen = visible(queries, before + queries, window, sink_tokens=sinks)
     next_query = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "TILE", tile)
-        for t in tiled._tiles(q, k, window):
-            rows = slice(t.start, t.stop)
+        for t in tiled._tiles(q, k, window, sinks):
             assert t.start == next_query
-            assert window is None or t.high - t.low <= window + tile - 1
-            scores = t.hide(torch.ones(1, 1, 2 * (t.stop - t.start), t.high - t.low), 0.0)
+            keys, of_tile = t.keys(k).flatten(), seen[t.start : t.stop]
+            assert window is None or len(keys) <= window + tile - 1 + sinks
+            scores = t.hide(torch.ones(1, 1, 2 * (t.stop - t.start), len(keys)), 0.0)
             for head in scores.unflatten(2, (2, -1))[0, 0]:
-                assert torch.equal(head.bool(), seen[rows, t.low : t.high])
-            assert not seen[rows, : t.low].any()
-            assert not seen[rows, t.high :].any()
+                assert torch.equal(head.bool(), of_tile[:, keys])
+            assert of_tile.sum() == of_tile[:, keys.unique()].sum()
+            assert len(keys.unique()) == len(keys)
             next_query = t.stop
     assert next_query == queries
 
@@ -157,10 +189,10 @@ def test_tiles_hide_what_is_not_visible_and_hold_window_plus_tile_keys_at_most(q
 NUM_ROWS, NUM_TILES = 7, 8
 
 
-def peaks(length, window):
+def peaks(length, window, sinks=0):
     """Peak bytes that each function makes, by name; float32, one head."""
     p = Problem(1, 1, 1, length, length, length, 4, window).to(torch.float32)
-    qkv, direction, settings = (p.q, p.k, p.v), (p.tq, p.tk, p.tv), (SCALE, window)
+    qkv, direction, settings = (p.q, p.k, p.v), (p.tq, p.tk, p.tv), (SCALE, window, sinks)
     o, lse = tiled.forward(*qkv, *settings)
     to, mu = tiled.jvp(*qkv, o, lse, *direction, *settings)
     calls = {
@@ -177,11 +209,11 @@ def peaks(length, window):
     return found
 
 
-@pytest.mark.parametrize("length, window", [(512, 16), (1024, 16), (1024, 100)])
-def test_memory_is_that_of_a_few_tiles_and_of_the_results(length, window):
-    tile = 4 * tiled.TILE * (window + tiled.TILE - 1)
+@pytest.mark.parametrize("length, window, sinks", [(512, 16, 0), (1024, 16, 0), (1024, 100, 0), (1024, 100, 9)])
+def test_memory_is_that_of_a_few_tiles_and_of_the_results(length, window, sinks):
+    tile = 4 * tiled.TILE * (sinks + window + tiled.TILE - 1)
     rows = 4 * length * 4
-    for name, peak in peaks(length, window).items():
+    for name, peak in peaks(length, window, sinks).items():
         assert peak < NUM_ROWS * rows + NUM_TILES * tile, name
         assert peak < 4 * length * length / 4, name
 

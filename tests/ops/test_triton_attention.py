@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_lit.ops.attention_naive import attention_naive, visible
-from ttt_lit.ops.sink_attention import attend_with_sinks
 
 triton = pytest.importorskip("triton")
 
@@ -73,12 +72,13 @@ interpreter = pytest.mark.usefixtures("_interpreter")
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one call: Tq, Tk, N, the window, (Hq, Hkv), D."""
+    """Sizes of one call: Tq, Tk, N, the window, its sinks, (Hq, Hkv), D."""
 
     queries: int
     keys: int
     new: int
     window: int | None
+    sinks: int = 0
     heads: tuple[int, int] = (2, 1)
     head_dim: int = 16
     batch: int = 1
@@ -101,14 +101,14 @@ def inputs(problem):
     )
 
 
-def naive_dual(q, k, v, tq, tk, tv, window):
+def naive_dual(q, k, v, tq, tk, tv, window, sinks):
     """(o, lse) and their derivatives along (tq, tk, tv), tangents of earlier keys being zero."""
 
     def value(q, k, v):
-        seen = visible(q.shape[2], k.shape[2], window)
+        seen = visible(q.shape[2], k.shape[2], window, sink_tokens=sinks)
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = (SCALE * q @ keys.mT).masked_fill(~seen, float("-inf"))
-        return attention_naive(q, k, v, scale=SCALE, window=window), scores.logsumexp(dim=-1)
+        return attention_naive(q, k, v, scale=SCALE, window=window, sink_tokens=sinks), scores.logsumexp(dim=-1)
 
     old = k.shape[2] - tk.shape[2]
     direction = (tq, *(F.pad(x, (0, 0, old, 0)) for x in (tk, tv)))
@@ -129,10 +129,10 @@ def expected(problem, with_do=True):
     do = x.do if with_do else torch.zeros_like(x.do)
 
     def objective(*arguments, dto=x.dto):
-        (o, _), (to, _) = naive_dual(*arguments, problem.window)
+        (o, _), (to, _) = naive_dual(*arguments, problem.window, problem.sinks)
         return (do * o).sum() + (dto * to).sum()
 
-    (o, lse), (to, mu) = naive_dual(*arguments, problem.window)
+    (o, lse), (to, mu) = naive_dual(*arguments, problem.window, problem.sinks)
     dq, dk, dv = torch.func.grad(functools.partial(objective, dto=0 * x.dto), argnums=(0, 1, 2))(*arguments)
     first_order = (dq, dk[:, :, -problem.new :], dv[:, :, -problem.new :])
     second_order = torch.func.grad(objective, argnums=tuple(range(6)))(*arguments)
@@ -151,22 +151,22 @@ def changed(x, change):
 
 
 def forward(problem, x):
-    return dict(zip(FORWARD, ours.forward(x.q, x.k, x.v, SCALE, problem.window), strict=True))
+    return dict(zip(FORWARD, ours.forward(x.q, x.k, x.v, SCALE, problem.window, problem.sinks), strict=True))
 
 
 def backward(problem, x):
-    results = ours.backward(x.do, x.q, x.k, x.v, x.o, x.lse, SCALE, problem.window, problem.new)
+    results = ours.backward(x.do, x.q, x.k, x.v, x.o, x.lse, SCALE, problem.window, problem.sinks, problem.new)
     return dict(zip(BACKWARD, results, strict=True))
 
 
 def jvp(problem, x):
-    results = ours.jvp(x.q, x.k, x.v, x.o, x.lse, x.tq, x.tk, x.tv, SCALE, problem.window)
+    results = ours.jvp(x.q, x.k, x.v, x.o, x.lse, x.tq, x.tk, x.tv, SCALE, problem.window, problem.sinks)
     return dict(zip(JVP, results, strict=True))
 
 
 def dual_backward(problem, x):
     saved = (x.q, x.k, x.v, x.o, x.lse, x.to, x.mu)
-    results = ours.dual_backward(x.do, x.dto, *saved, x.tq, x.tk, x.tv, SCALE, problem.window)
+    results = ours.dual_backward(x.do, x.dto, *saved, x.tq, x.tk, x.tv, SCALE, problem.window, problem.sinks)
     return dict(zip(DUAL_BACKWARD, results, strict=True))
 
 
@@ -207,6 +207,12 @@ PROBLEMS = {
     "keys that nobody sees": Problem(5, 60, 40, 3),
     "one tangent": Problem(18, 33, 1, None),
     "more tangents than queries": Problem(18, 45, 40, 20),
+    "one sink": Problem(20, 40, 20, 3, 1),
+    "sinks with tangents": Problem(37, 37, 37, 5, 4),
+    "sinks of both kinds": Problem(20, 60, 50, 9, 20),
+    "sinks that touch the windows": Problem(18, 50, 20, 16, 17),
+    "a window with its sinks of all keys": Problem(20, 30, 11, 20, 10),
+    "groups, batch and sinks": Problem(9, 40, 11, 7, 3, heads=(6, 2), batch=2),
     "groups and batch": Problem(9, 18, 11, 7, heads=(6, 2), batch=2),
     "D = 24": Problem(18, 21, 10, 9, head_dim=24),
     "D = 64": Problem(18, 21, 10, 9, head_dim=64),
@@ -241,7 +247,7 @@ def test_second_order_gradients_equal_autograd_of_the_naive_tangents(problem):
 
 
 @interpreter
-@pytest.mark.parametrize("name", ["odd sizes", "window below a tile"])
+@pytest.mark.parametrize("name", ["odd sizes", "window below a tile", "sinks of both kinds"])
 def test_no_cotangent_of_the_output_is_a_zero_cotangent(name):
     problem = PROBLEMS[name]
     x = operands(problem)
@@ -253,12 +259,12 @@ def test_no_cotangent_of_the_output_is_a_zero_cotangent(name):
 def problems(draw):
     keys = draw(st.integers(1, 36))
     queries, new = draw(st.integers(1, keys)), draw(st.integers(1, keys))
-    window = draw(st.one_of(st.none(), st.integers(1, 40)))
-    return Problem(queries, keys, new, window, heads=(1, 1))
+    window, sinks = draw(st.one_of(st.none(), st.integers(1, 40))), draw(st.sampled_from([0, 1, 4, 18]))
+    return Problem(queries, keys, new, window, sinks, heads=(1, 1))
 
 
 @interpreter
-@settings(max_examples=6)
+@settings(max_examples=8)
 @given(problem=problems())
 def test_all_four_functions_equal_the_naive_twin_for_any_lengths(problem):
     assert_all_equal_naive(problem)
@@ -268,6 +274,7 @@ HALF = {
     "D = 16": Problem(70, 131, 67, 66, heads=(1, 1)),
     "D = 80": Problem(40, 70, 35, 37, head_dim=80, heads=(1, 1)),
     "D = 256": Problem(40, 40, 20, None, head_dim=256, heads=(1, 1)),
+    "sinks": Problem(70, 200, 67, 66, 5, heads=(1, 1)),
 }
 
 
@@ -282,6 +289,7 @@ def test_float16_stays_near_in_its_own_tiles(problem):
 def test_tiles_of_any_shape_give_the_same(monkeypatch, owned, walked):
     monkeypatch.setattr(ours, "_FLOAT32_TILE", ours.Tile(owned, walked, 4, 1))
     assert_all_equal_naive(Problem(37, 50, 20, 21, heads=(1, 1)))
+    assert_all_equal_naive(Problem(37, 70, 60, 11, 20, heads=(1, 1)))
 
 
 def scattered(x):
@@ -311,7 +319,7 @@ def test_a_cotangent_of_one_repeated_value_is_read_right():
 
 
 @interpreter
-@pytest.mark.parametrize("name", ["keys that nobody sees", "less than a tile", "D = 24"])
+@pytest.mark.parametrize("name", ["keys that nobody sees", "less than a tile", "D = 24", "sinks of both kinds"])
 def test_every_element_of_every_result_is_written(monkeypatch, name):
     problem, poisoned = PROBLEMS[name], set()
 
@@ -353,6 +361,24 @@ def test_keys_out_of_every_window_are_never_read():
     got, wanted = all_results(problem, blind), all_results(problem, x)
     assert_same_bits(got, wanted, OF_QUERIES)
     assert_same_bits(got, wanted, OF_KEYS, rows=slice(-24, None))
+
+
+@interpreter
+def test_keys_between_the_sinks_and_every_window_are_never_read():
+    # Queries 48 … 63 see keys 0 … 3 and 40 … 63. A tile of sinks reads no key beyond them; tiles of new keys begin at 24, 40 and 56.
+    problem = Problem(16, 64, 40, 9, 4, heads=(1, 1))
+    x = operands(problem)
+    blind = with_nan(with_nan(x, "k v", slice(4, 40)), "tk tv", slice(0, 16))
+    got, wanted = all_results(problem, blind), all_results(problem, x)
+    assert_same_bits(got, wanted, OF_QUERIES)
+    assert_same_bits(got, wanted, OF_KEYS, rows=slice(-24, None))
+
+
+@interpreter
+def test_sinks_of_which_a_window_hides_none_change_no_bit():
+    problem = Problem(20, 40, 20, 33, heads=(1, 1))
+    x = operands(replace(problem, window=40))
+    assert_same_bits(all_results(replace(problem, sinks=7), x), all_results(replace(problem, window=None), x))
 
 
 @interpreter
@@ -405,8 +431,9 @@ def pretend_gpu(monkeypatch, cache, capability):
     return compiled
 
 
-def test_bfloat16_kernels_compile_and_fit_the_smallest_shared_memory(monkeypatch, tmp_path):
-    problem = Problem(70, 100, 33, 19, head_dim=128, dtype=torch.bfloat16)
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_bfloat16_kernels_compile_and_fit_the_smallest_shared_memory(monkeypatch, tmp_path, sinks):
+    problem = Problem(70, 100, 33, 19, sinks, head_dim=128, dtype=torch.bfloat16)
     x = operands(problem)
     compiled = pretend_gpu(monkeypatch, tmp_path, capability=90)
     all_results(problem, x)
@@ -416,20 +443,6 @@ def test_bfloat16_kernels_compile_and_fit_the_smallest_shared_memory(monkeypatch
     assert sorted(names) == sorted([*query_side, "backward_key_kernel", *2 * ["dual_key_kernel"]])
     assert all("mma" in kernel.asm["ptx"] for kernel in compiled), "products on tensor cores"
     assert max(kernel.metadata.shared for kernel in compiled) <= SMALLEST_SHARED_MEMORY
-
-
-@interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_window_of_attention_with_sinks_adds_its_share(dtype):
-    """Output and log-sum-exp of the whole row go into the kernel's backward."""
-    x = inputs(Problem(70, 70, 70, 19, dtype=dtype))
-    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
-    wide = [t.double().requires_grad_() for t in (x.q, x.k, x.v)]
-    out = attend_with_sinks(*leaves, scale=SCALE, window=19, sink_tokens=5, kernel="triton")
-    naive = attention_naive(*wide, scale=SCALE, window=19, sink_tokens=5)
-    found = [out, *torch.autograd.grad(out, leaves, x.do)]
-    for got, right in zip(found, [naive, *torch.autograd.grad(naive, wide, x.do.double())], strict=True):
-        torch.testing.assert_close(got.double(), right, **CLOSE[dtype])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

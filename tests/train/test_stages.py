@@ -10,7 +10,7 @@ from helpers.tiny import tiny_spec, ttt_layer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ttt_lit.convert.windowed import windowed
+from ttt_lit.convert.windowed import preserves_function, windowed
 from ttt_lit.model.spec import LayerSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.checks import check_stages
@@ -132,8 +132,31 @@ def test_a_stage_makes_its_network_from_the_imported_one():
     assert only(StageConfig()).network(IMPORTED) == windowed(IMPORTED, 256)
     assert only(StageConfig(attention="dense")).network(IMPORTED) == IMPORTED
     ablated = only(StageConfig(window_share=0.5, sink_tokens=4, full_attention_layers=[2])).network(IMPORTED)
-    assert [(layer.window, layer.sink_tokens) for layer in ablated.layers] == [(128, 4), (100, 0), (None, 0), (128, 4)]
+    assert reaches(ablated) == [(128, 4), (100, 0), (None, 0), (128, 4)]
     assert ablated == windowed(IMPORTED, 128, sink_tokens=4, keep=(2,))
+
+
+def reaches(spec):
+    return [(layer.window, layer.sink_tokens) for layer in spec.layers]
+
+
+@pytest.mark.parametrize("mode", ["none", "static", "meta", "first_order"])
+def test_sinks_and_kept_layers_of_the_size_are_those_of_every_stage_that_says_nothing_else(mode):
+    size = dataclasses.replace(DEMO, window=128, sink_tokens=4, full_attention_layers=[0])
+    assert reaches(only(StageConfig(mode=mode), size).network(IMPORTED)) == [(None, 0), (100, 0), (128, 4), (128, 4)]
+    other = StageConfig(mode=mode, sink_tokens=0, full_attention_layers=[])
+    assert reaches(only(other, size).network(IMPORTED)) == [(128, 0), (100, 0), (128, 0), (128, 0)]
+    dense = only(StageConfig(mode=mode, attention="dense"), size)
+    assert (dense.sink_tokens, dense.full_attention_layers) == (0, ())
+    assert dense.network(IMPORTED) == IMPORTED
+
+
+def test_a_window_that_spans_the_context_may_have_sinks_and_kept_layers():
+    """It is the same function there; longer contexts are validated with it."""
+    plan = only(StageConfig(sink_tokens=4, full_attention_layers=[0]))
+    assert (plan.window, plan.context) == (256, 256)
+    assert preserves_function(IMPORTED, plan.network(IMPORTED).with_fast_layers_of(IMPORTED), 100)
+    assert reaches(plan.network(IMPORTED)) == [(None, 0), (100, 0), (256, 4), (256, 4)]
 
 
 @pytest.mark.parametrize("mode", ["none", "static", "meta", "first_order"])
@@ -211,28 +234,18 @@ def test_a_layer_to_keep_must_exist(layers, unknown):
 
 
 @pytest.mark.parametrize("training, off", [("none", "none"), ("static", "static"), ("meta", "static")])
-def test_validation_reads_off_and_on_but_with_sinks_off_alone(training, off):
+def test_validation_reads_off_and_on(training, off):
     assert evaluation_modes(training, has_inner_loop=True) == {"off": off, "on": "meta"}
-    assert evaluation_modes(training, has_inner_loop=True, has_sinks=True) == {"off": off}
     assert evaluation_modes(training, has_inner_loop=False) == {"off": off}
 
 
 LONG_META = StageConfig(mode="meta", context="long")
 WRONG = {
-    "sinks where chunks would have to carry them": (
-        Stages(B2=StageConfig(mode="meta", sink_tokens=4)), {}, {}, "stage B2: sink_tokens 4 with mode meta: .* for mode none",
-    ),
-    "sinks in a mode that is measured with updates": (
-        Stages(B2=StageConfig(mode="static", sink_tokens=4)), {}, {}, "stage B2: sink_tokens 4 with mode static",
-    ),
-    "sinks in a window that spans the context": (
-        Stages(B1=StageConfig(sink_tokens=4)), {}, {}, "stage B1: sink_tokens and full_attention_layers change nothing .*window_share",
-    ),
-    "a layer kept where the window spans the context": (
-        Stages(B1=StageConfig(full_attention_layers=[0])), {}, {}, "the window of 256 tokens spans the context of 256",
-    ),
     "sinks without a window": (
         Stages(B0=StageConfig(attention="dense", sink_tokens=4)), {}, {}, "stage B0: sink_tokens 4 has no effect with attention dense",
+    ),
+    "no sinks where there is no window": (
+        Stages(B0=StageConfig(attention="dense", sink_tokens=0)), {}, {}, "stage B0: sink_tokens 0 has no effect with attention dense",
     ),
     "layers to keep where all are kept": (
         Stages(B0=StageConfig(attention="dense", full_attention_layers=[1])), {}, {},
@@ -314,6 +327,11 @@ def test_impossible_stages_are_refused(wrong, message):
 def test_a_size_of_nothing_is_refused(field):
     with pytest.raises(ValueError, match=f"size: {field} is 0"):
         SizeConfig(**{field: 0})
+
+
+def test_less_than_no_sinks_are_refused():
+    with pytest.raises(ValueError, match="size: sink_tokens is -1, expected 0 or more"):
+        SizeConfig(sink_tokens=-1)
 
 
 def test_long_is_not_shorter_than_short():

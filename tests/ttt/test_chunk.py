@@ -45,8 +45,10 @@ def read_in_pieces(decoder, tokens, sizes):
             joined = (
                 new if past[i] is None else KeyValues(*(torch.cat(t, dim=2) for t in zip(past[i], new, strict=True)))
             )
-            keep = joined.keys.shape[2] if layer.window is None else min(joined.keys.shape[2], layer.window - 1)
-            past[i] = KeyValues(*(t[:, :, t.shape[2] - keep :] for t in joined)) if keep else None
+            length = joined.keys.shape[2]
+            near = 0 if layer.window is None else length - layer.window + 1
+            kept = [j for j in range(length) if j >= near or j < layer.sink_tokens]
+            past[i] = KeyValues(*(t[:, :, kept] for t in joined)) if kept else None
             y = result.x
         outputs.append(y.value)
         low += size
@@ -56,7 +58,7 @@ def read_in_pieces(decoder, tokens, sizes):
 @settings(max_examples=50)
 @given(specs(), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 10**6))
 def test_pieces_with_carried_keys_equal_the_whole(spec, sizes, seed):
-    """Windows below a piece, above the text, odd, and of one token (specs draws them all); pieces of any lengths."""
+    """Windows below a piece, above the text, odd, and of one token, with and without sinks (specs draws them all); any pieces."""
     decoder, tokens = random_decoder(spec, seed=seed), random_tokens(2, sum(sizes), seed=seed)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -64,10 +66,13 @@ def test_pieces_with_carried_keys_equal_the_whole(spec, sizes, seed):
         )
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 11, 12, 13, 99, None])
+@pytest.mark.parametrize(
+    "window, sinks", [(w, 0) for w in (1, 2, 3, 5, 8, 11, 12, 13, 99, None)] + [(1, 1), (3, 2), (2, 7)]
+)
 @pytest.mark.parametrize("piece", [1, 4, 6])
-def test_pieces_equal_the_whole_at_every_edge_of_the_window(window, piece):
-    decoder, tokens = random_decoder(tiny_spec(*2 * [LayerSpec(window=window)])), random_tokens(2, 12)
+def test_pieces_equal_the_whole_at_every_edge_of_the_window(window, sinks, piece):
+    layers = 2 * [LayerSpec(window=window, sink_tokens=sinks)]
+    decoder, tokens = random_decoder(tiny_spec(*layers)), random_tokens(2, 12)
     with torch.no_grad():
         got = read_in_pieces(decoder, tokens, [piece] * (12 // piece))
         torch.testing.assert_close(got, decoder(tokens), rtol=ROUNDING, atol=ROUNDING)

@@ -39,9 +39,15 @@ def decoder_of(*layers, **changes):
 
 @pytest.mark.slow
 def test_traced_gradients_equal_the_naive_twin(traced):
-    """Five chunks: no carried keys, a growing past and a full window; the results of products given back."""
+    """Five chunks: no carried keys, a growing past and a full window, with and without sinks; the results of products given back."""
     engine = EngineConfig(compile=True, residual_gib=1.0)
-    assert_equals_naive(decoder_of(**RICH), random_tokens(2, 21), chunk=4, engine=engine)
+    layers = (
+        LayerSpec(window=3, sink_tokens=2),
+        ttt_layer(window=5),
+        ttt_layer(window=6),
+        LayerSpec(window=5, sink_tokens=2),
+    )
+    assert_equals_naive(decoder_of(*layers, **RICH), random_tokens(2, 21), chunk=4, engine=engine)
 
 
 @pytest.mark.slow

@@ -43,6 +43,22 @@ LAYERS = {
     "window narrower than the chunk": (LayerSpec(window=3), ttt_layer(window=3)),
     "odd windows": (LayerSpec(window=5), ttt_layer(window=7)),
     "window of one": (LayerSpec(window=1), ttt_layer(window=1)),
+    "one sink before the windows": (
+        LayerSpec(window=3, sink_tokens=1),
+        ttt_layer(window=3, sink_tokens=1),
+        ttt_layer(window=3, sink_tokens=1),
+    ),
+    "sinks over two chunks, and windows of one": (
+        ttt_layer(),
+        ttt_layer(window=1, sink_tokens=6),
+        LayerSpec(window=1, sink_tokens=2),
+    ),
+    "sinks in one layer alone": (ttt_layer(window=3), LayerSpec(window=2, sink_tokens=2), ttt_layer(window=5)),
+    "windows that have not left their sinks": (
+        ttt_layer(),
+        LayerSpec(window=8, sink_tokens=5),
+        LayerSpec(window=9, sink_tokens=4),
+    ),
     "window wider than the text": (LayerSpec(window=99), ttt_layer(window=99)),
     "dense": (LayerSpec(), ttt_layer()),
     "every layer its own window and base": (

@@ -11,12 +11,13 @@ from ttt_lit.model.spec import LayerSpec, ModelSpec
 def windowed(spec: ModelSpec, window: int | None, *, sink_tokens: int = 0, keep: Collection[int] = ()) -> ModelSpec:
     """The same model in which no layer sees further than ``window`` tokens (None: as imported).
 
-    A layer that already has a smaller window keeps it, and every layer keeps its RoPE base: only what a query sees changes.
+    A layer that already has a smaller window keeps it, and every layer keeps its RoPE base: only what a query sees changes. Sinks are for
+    layers that had full attention: one that was trained with a window never saw keys so far away, and is hurt by them.
 
     Args:
         spec: the model as imported.
         window: tokens that a query sees, itself included.
-        sink_tokens: tokens from the first on that stay visible in the layers that are narrowed here.
+        sink_tokens: tokens from the first on that stay visible, at their true distance, in the full-attention layers that are narrowed.
         keep: indices of layers that are left as they are.
 
     Raises:
@@ -51,7 +52,7 @@ def preserves_function(before: ModelSpec, after: ModelSpec, context: int) -> boo
 def _narrowed(layer: LayerSpec, window: int, sink_tokens: int) -> LayerSpec:
     if layer.window is not None and layer.window <= window:
         return layer
-    return dataclasses.replace(layer, window=window, sink_tokens=sink_tokens)
+    return dataclasses.replace(layer, window=window, sink_tokens=sink_tokens if layer.window is None else 0)
 
 
 def _reach(layer: LayerSpec, context: int) -> tuple[int, int]:

@@ -43,6 +43,10 @@ class Arm:
     def finished(self) -> bool:
         return all(record.status == "finished" for record in self.records)
 
+    @property
+    def trains_with_updates(self) -> bool:
+        return any(stage.mode in ("meta", "first_order") for record in self.records for stage in record.stages)
+
     def finals(self, inner: Headline | None = None) -> list[Validation | None]:
         """Per seed, the validation that speaks for the run, or that of ``inner``; None where it was not measured."""
         return [record.final(inner) for record in self.records]

@@ -10,7 +10,7 @@ from ttt_lit.experiment.arm import Account, Arm, gpu_hours
 from ttt_lit.experiment.ceiling import of_ceiling
 from ttt_lit.experiment.formats import nats
 from ttt_lit.experiment.matching import unequal
-from ttt_lit.experiment.record import Ceiling, EvaluationPoint, Role, RunRecord, Validation
+from ttt_lit.experiment.record import Ceiling, EvaluationPoint, Headline, Role, RunRecord, Validation
 from ttt_lit.experiment.statistics import RESAMPLES, Interval, paired_difference
 from ttt_lit.experiment.study import FamilyStudy
 
@@ -109,9 +109,11 @@ def _unusable(record: RunRecord) -> Iterator[str]:
 
 
 def _worse_than_start(arm: Arm, resamples: int) -> Iterator[str]:
-    """On the positions of the short context, which is what the start checkpoint was made for."""
+    """On the positions of the short context, which is what the start checkpoint was made for. Whether training did harm: what updates do
+    to a network that was not trained for them is another question."""
+    inner: Headline | None = None if arm.trains_with_updates else "off"
     starts, finals = [], []
-    for record, final in zip(arm.records, arm.finals(), strict=True):
+    for record, final in zip(arm.records, arm.finals(inner), strict=True):
         if record.start.source is None and record.start_validation is None:
             continue  # random weights: there is no start to be worse than
         starts.append(_short(record.start_validation))

@@ -38,21 +38,21 @@ def is_required(family: FamilyStudy, arm: Arm) -> bool:
 def ceiling_sentence(family: FamilyStudy) -> str:
     """What the ceiling is and what the gate can therefore tell."""
     ceiling = family.ceiling.ceiling
-    asks = "a model without memory could pass. Scaling up also needs TTT's own part"
+    asks = "a model without memory could pass, and scaling up needs TTT's own part as well"
     if ceiling is None:
         problem = family.ceiling.problem
-        return f"{problem[:1].upper()}{problem[1:]}. It is not excluded that {asks}."
+        return f"{problem[:1].upper()}{problem[1:]}. Nothing excludes that {asks}."
     ends = "" if ceiling.low is None or ceiling.high is None else f" [{ceiling.low:.4f}, {ceiling.high:.4f}]"
     worth = (
         f"All context beyond the window of {ceiling.window:,} tokens is worth {ceiling.nats:.4f}{ends} nats per token to the imported "
-        f"model {ceiling.checkpoint} ({counted(ceiling.blocks, 'block')} of {counted(ceiling.documents, 'document')}): no memory can "
-        "win more"
+        f"model, {ceiling.checkpoint} ({counted(ceiling.blocks, 'block')} of {counted(ceiling.documents, 'document')}), and so to a "
+        "memory as good as its full attention"
     )
     if excludes_none(ceiling):
         return f"{worth}. That is at least {MIN_CEILING:g}, twice the gate's {MAX_DELTA:g}, so the gate can tell a memory from none."
     if ceiling.documents < MIN_DOCUMENTS:
         return f"{worth}. With fewer than {MIN_DOCUMENTS} documents this excludes nothing: {asks}."
-    return f"{worth}. The interval does not exclude less than {MIN_CEILING:g}, twice the gate's {MAX_DELTA:g}: {asks}."
+    return f"{worth}. This does not exclude less than {MIN_CEILING:g}, twice the gate's {MAX_DELTA:g}: {asks}."
 
 
 def read(arm: Arm, inner: Headline) -> Arm:
@@ -70,10 +70,6 @@ def against_control(family: FamilyStudy, arm: Arm, control: Arm, *, resamples: i
     return compare(read(arm, "on"), read(control, "off"), resamples=resamples, ceiling=family.ceiling.ceiling)
 
 
-def trains_with_updates(arm: Arm) -> bool:
-    return any(stage.mode in ("meta", "first_order") for record in arm.records for stage in record.stages)
-
-
 def controls(family: FamilyStudy, arm: Arm) -> list[Arm]:
     """The arms that are ``arm`` without updates in training: token-matched, from the same start, the same attention in the last stage.
 
@@ -83,7 +79,7 @@ def controls(family: FamilyStudy, arm: Arm) -> list[Arm]:
     found = [
         each
         for each in family.arms
-        if each.share is None and not each.variant and not trains_with_updates(each) and _network(each) == _network(arm)
+        if each.share is None and not each.variant and not each.trains_with_updates and _network(each) == _network(arm)
     ]
 
     def order(each: Arm) -> tuple[int, bool, int, str]:

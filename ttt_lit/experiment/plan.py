@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ttt_lit.experiment.announced import announced
 from ttt_lit.experiment.devices import Device, device_named
+from ttt_lit.experiment.formats import ranges
 from ttt_lit.experiment.plan_config import PlannedRun, read_run
 from ttt_lit.experiment.plan_memory import PARTS, Setting, StageMemory, stage_memory
 from ttt_lit.experiment.recommend import USABLE, Stage, describe, recommended
@@ -122,7 +123,7 @@ def _work(stages: Sequence[PlannedStage]) -> Table:
             stage.plan.name,
             stage.plan.config.mode,
             f"{stage.plan.context:,}",
-            "dense" if stage.plan.window is None else f"{stage.plan.window:,}",
+            "dense" if stage.plan.window is None else f"{stage.plan.window:,} + {stage.plan.sink_tokens}",
             "–" if stage.plan.budget.steps is None else f"{stage.plan.budget.steps:,}",
             _tokens(stage.tokens),
             _number(stage.ceiling, 0),
@@ -137,7 +138,7 @@ def _work(stages: Sequence[PlannedStage]) -> Table:
         rows.append(("all", "", "", "", f"{sum(s.plan.budget.steps or 0 for s in stages):,}", *whole))
     return Table(
         title="Stages (rates in tokens/s of one device)",
-        header=("stage", "mode", "context", "window", "steps", "tokens", "ceiling", "expected", "GPU-hours"),
+        header=("stage", "mode", "context", "window + sinks", "steps", "tokens", "ceiling", "expected", "GPU-hours"),
         rows=tuple(rows),
     )
 
@@ -183,7 +184,7 @@ def _notes(
     run: PlannedRun, stages: Sequence[PlannedStage], device: Device, setting: Setting, utilisation: float
 ) -> Iterator[str]:
     layers = run.spec.ttt_layers
-    learning = f"TTT layers {layers[0]} to {layers[-1]}" if layers else "no TTT layers"
+    learning = f"TTT layers {ranges(layers)}" if layers else "no TTT layers"
     yield f"Network: {run.spec.num_parameters() / 1e9:.3g} × 10⁹ parameters, {learning}; shape from {run.shape}."
     if device.peak_tflops is None:
         yield "Time: not known without a peak; give --peak-tflops."

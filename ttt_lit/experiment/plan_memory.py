@@ -1,7 +1,8 @@
 """Peak memory of a stage on one device, by part.
 
 The peak of a micro-batch comes from a rehearsal of the real code (``rehearsal.py``). It grows by the same amount with every chunk, so a
-few chunks are rehearsed and the rest is a straight line. What the ways to keep fast weights differ by is counted in copies.
+few chunks are rehearsed and the rest is a straight line. What the ways to keep fast weights differ by is counted in copies, and so are
+the carried keys of layers with sinks: whether a few chunks copy any is no matter of their number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, rehearse, with_fused_windows
 from ttt_lit.model.flops import chunks_kept, product_numbers
 from ttt_lit.model.spec import ModelSpec
-from ttt_lit.ops import cross_entropy
+from ttt_lit.ops.logit_tiles import tile_shape
 from ttt_lit.train.optim import learns
 from ttt_lit.train.stages import StagePlan
 from ttt_lit.ttt.settings import EngineConfig, FastWeightStorage
@@ -126,10 +127,25 @@ def _micro_batch(
     chunks = plan.context // plan.chunk
     usual = _stored(spec, plan, "every", setting)
     stored = _stored(spec, plan, engine.fast_weights, setting)
-    products = _kept_products(spec, plan, engine, setting)
-    kept = Peaks(products, products, 0)
-    phases = zip(_line(spec, batch, chunks), usual, stored, kept, strict=True)
+    more = _kept_products(spec, plan, engine, setting) + _gathered_keys(spec, plan, setting)
+    phases = zip(_line(_without_carried_sinks(spec), batch, chunks), usual, stored, Peaks(more, more, 0), strict=True)
     return max(((there, peak - here + more) for peak, here, there, more in phases), key=sum)
+
+
+def _without_carried_sinks(spec: ModelSpec) -> ModelSpec:
+    whole = spec.suffix_start + 1
+    carried = (dataclasses.replace(layer, sink_tokens=0) for layer in spec.layers[whole:])
+    return spec.with_layers((*spec.layers[:whole], *carried))
+
+
+def _gathered_keys(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
+    """Bytes of the copies that one chunk reads where a gap lies between the carried sinks and the carried window."""
+    copied = 0
+    for layer in spec.layers[spec.suffix_start + 1 :]:
+        reach = 0 if layer.window is None else layer.window - 1 + layer.sink_tokens
+        if layer.sink_tokens and reach < plan.context - plan.chunk:
+            copied += reach
+    return 2.0 * spec.num_kv_heads * spec.head_dim * plan.sequences * setting.number_bytes * copied
 
 
 def _line(spec: ModelSpec, batch: MicroBatch, chunks: int) -> Peaks:
@@ -213,14 +229,15 @@ def _kept_products(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setti
 
 
 def _logits(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
-    """Bytes of what the head's backward holds at once: scores of a piece of the tokens, and the gradient of the head being summed."""
+    """Bytes of what the head's backward holds at once: scores of a tile, and the gradient of the head being summed."""
     updates = _updates(plan)
     tokens = plan.sequences * (plan.chunk if updates else plan.context)
-    rows = min(tokens, cross_entropy.piece_tokens(spec.vocab_size, "cpu" if setting.on_cpu else "cuda"))
-    scores = 4 if updates else 2  # with a tangent: probabilities, their tangents, a cotangent, and a product on its way
-    head = 2 * spec.vocab_size * spec.hidden_size
-    half = setting.number_bytes * rows * spec.vocab_size if setting.half else 0
-    return _MASTER * (scores * rows * spec.vocab_size + head) + half
+    rows, columns = tile_shape(spec.vocab_size, "cpu" if setting.on_cpu else "cuda")
+    tile = min(tokens, rows) * columns
+    scores = 3 if updates else 2  # with a tangent: probabilities, a cotangent, and a product on its way
+    # In half precision the product is made beside the sum that it is added to.
+    head = (spec.vocab_size + (columns if setting.half else 0)) * spec.hidden_size
+    return _MASTER * (scores * tile + head) + (setting.number_bytes * tile if setting.half else 0)
 
 
 def _adamw_temporaries(spec: ModelSpec, learnt: float, setting: Setting) -> float:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ttt_lit.convert.windowed import windowed
+from ttt_lit.convert.windowed import windowed, with_windows
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
-from ttt_lit.ops import carried_attention, cross_entropy
+from ttt_lit.ops import carried_attention, cross_entropy, distillation, logit_tiles, wide
 from ttt_lit.train.live_bytes import LiveBytes
 from ttt_lit.train.optim import learns
 from ttt_lit.train.teacher import Teacher
@@ -23,7 +23,12 @@ from ttt_lit.ttt import inner
 from ttt_lit.ttt.scan import sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
 
-_LOSS = (cross_entropy._linear_nll, cross_entropy._linear_nll_backward)
+_LOSS = (
+    cross_entropy._linear_nll,
+    cross_entropy._linear_nll_backward,
+    distillation._nll_and_kl,
+    distillation._nll_and_kl_backward,
+)
 _ATTENTION = (
     carried_attention._attend,
     carried_attention._attend_backward,
@@ -131,8 +136,11 @@ def _forward_and_backward(
 
 
 def with_fused_windows(spec: ModelSpec, batch: MicroBatch) -> ModelSpec:
-    """On a GPU every attention holds its operands, its output and a number a row, whatever kernel runs: that of our operator."""
-    return spec if batch.on_cpu else windowed(spec, max(1, batch.context - 1))
+    """On a GPU every attention holds its operands, its output and a number a row, whatever kernel runs and whatever sinks it has: that
+    of our operator."""
+    if batch.on_cpu:
+        return spec
+    return windowed(with_windows(spec, [layer.window for layer in spec.layers]), max(1, batch.context - 1))
 
 
 @contextlib.contextmanager
@@ -141,10 +149,10 @@ def _kernels_of_the_device(batch: MicroBatch) -> Iterator[None]:
     if batch.on_cpu:
         yield
         return
-    pieces = functools.partial(_piece_tokens, cross_entropy.piece_tokens)
+    tiles = functools.partial(_tile_shape, logit_tiles.tile_shape)
     replaced: list[tuple[Any, str, Any]] = [
-        (cross_entropy, "piece_tokens", pieces),
-        *((module, "wide_matmul", _wide_matmul) for module in (cross_entropy, inner)),
+        (logit_tiles, "tile_shape", tiles),
+        *((module, "wide_matmul", _wide_matmul) for module in (logit_tiles, wide, inner)),
     ]
     real = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
@@ -156,7 +164,7 @@ def _kernels_of_the_device(batch: MicroBatch) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _piece_tokens(real: Callable[[int, str], int], vocab_size: int, _: str) -> int:
+def _tile_shape(real: Callable[[int, str], tuple[int, int]], vocab_size: int, _: str) -> tuple[int, int]:
     return real(vocab_size, "cuda")
 
 

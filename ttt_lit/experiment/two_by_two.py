@@ -6,14 +6,17 @@ Standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ttt_lit.experiment.arm import Arm
 from ttt_lit.experiment.comparison import Comparison, compare
-from ttt_lit.experiment.own_part import against_control, controls, on_minus_off, read, trains_with_updates
+from ttt_lit.experiment.own_part import against_control, controls, on_minus_off, read
+from ttt_lit.experiment.record import Headline
 from ttt_lit.experiment.statistics import Interval, paired_difference
 from ttt_lit.experiment.study import FamilyStudy
+
+READINGS: tuple[Headline, ...] = ("on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,10 @@ class Effects:
     interaction: Comparison
     """(On − off) trained with − (on − off) trained without: how much more updates are worth to a network trained for them."""
 
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        return self.whole, self.read_on, self.read_off, self.interaction
+
 
 def cells(family: FamilyStudy) -> list[Cells]:
     """Every token-matched arm that trains with updates, ablations left out, then every control of one of them."""
@@ -58,9 +65,9 @@ def effects(family: FamilyStudy) -> list[Effects]:
     return [_effects(family, arm, control) for arm in _updating(family) for control in controls(family, arm)]
 
 
-def missing(family: FamilyStudy) -> Iterator[str]:
-    """Cells that nothing fills, in sentences."""
-    for each in cells(family):
+def missing(family: FamilyStudy, found: Sequence[Cells]) -> Iterator[str]:
+    """Cells that nothing fills, in sentences; ``found``: those of the family."""
+    for each in found:
         for loss, how in ((each.off, "without"), (each.on, "with")):
             if loss is None:
                 layers = any(record.model.ttt_layers for record in each.arm.records)
@@ -72,14 +79,14 @@ def missing(family: FamilyStudy) -> Iterator[str]:
 
 
 def _updating(family: FamilyStudy) -> list[Arm]:
-    return [arm for arm in family.arms if arm.share is None and not arm.variant and trains_with_updates(arm)]
+    return [arm for arm in family.arms if arm.share is None and not arm.variant and arm.trains_with_updates]
 
 
 def _cells(family: FamilyStudy, arm: Arm) -> Cells:
     static = any(stage.mode == "static" for record in arm.records for stage in record.stages)
     return Cells(
         arm=arm,
-        trained="with" if trains_with_updates(arm) else "without, prime MLPs trained" if static else "without",
+        trained="with" if arm.trains_with_updates else "without, prime MLPs trained" if static else "without",
         off=read(arm, "off").loss,
         on=read(arm, "on").loss,
         gain=on_minus_off(family, arm),
@@ -88,18 +95,18 @@ def _cells(family: FamilyStudy, arm: Arm) -> Cells:
 
 def _effects(family: FamilyStudy, arm: Arm, control: Arm) -> Effects:
     ceiling = family.ceiling.ceiling
-    gains = (on_minus_off(family, arm), on_minus_off(family, control))
+    read_on, read_off = (compare(read(arm, each), read(control, each), ceiling=ceiling) for each in READINGS)
     return Effects(
         arm=arm,
         control=control,
         whole=against_control(family, arm, control),
-        read_on=compare(read(arm, "on"), read(control, "on"), ceiling=ceiling),
-        read_off=compare(read(arm, "off"), read(control, "off"), ceiling=ceiling),
+        read_on=read_on,
+        read_off=read_off,
         interaction=Comparison(
             candidate=arm.name,
             reference=control.name,
             interval=_interaction(arm, control),
-            reasons=tuple(dict.fromkeys(reason for gain in gains for reason in gain.reasons)),
+            reasons=tuple(dict.fromkeys((*read_on.reasons, *read_off.reasons))),
             ceiling=ceiling,
         ),
     )

@@ -205,12 +205,13 @@ class _Reading(NamedTuple):
         """Times a product of this kind is made, for as many tokens as a chunk has."""
         return sum(table.products.get(kind, 0) for tables in self.work for table in tables)
 
-    def pairs(self, window: int | None) -> int:
+    def pairs(self, layer: LayerSpec) -> int:
         """Query-key pairs, once for each product that is made of them."""
         total = 0
         for index, tables in enumerate(self.work):
             start, stop = index * self.size, (index + 1) * self.size
-            visible, inside = key_count(start, stop, window), key_count(0, self.size, window)
+            visible = key_count(start, stop, layer.window, layer.sink_tokens)
+            inside = key_count(0, self.size, layer.window, max(0, layer.sink_tokens - start))
             total += sum(table.pairs.visible * visible + table.pairs.inside * inside for table in tables)
         return total
 
@@ -235,10 +236,6 @@ def _updates(spec: ModelSpec, context: int, mode: Mode) -> bool:
     updates = mode in ("meta", "first_order")
     if updates and not spec.ttt_layers:
         raise ValueError(f"flops: mode {mode!r} needs a layer with fast weights, but the model has none")
-    if updates and any(layer.sink_tokens for layer in spec.layers):
-        raise ValueError(
-            f"flops: mode {mode!r} reads in chunks, which carry no attention sinks; expected sink_tokens 0"
-        )
     return updates
 
 
@@ -293,7 +290,7 @@ def _read_layer(spec: ModelSpec, layer: LayerSpec, reading: _Reading, context: i
     return dataclasses.replace(
         _read_mlps(spec, layer, reading, context, first=False),
         attention_projections=_projections(spec) * reading.products("slow") * reading.size / context,
-        attention_scores=2 * spec.num_heads * spec.head_dim * reading.pairs(layer.window) / context,
+        attention_scores=2 * spec.num_heads * spec.head_dim * reading.pairs(layer) / context,
     )
 
 

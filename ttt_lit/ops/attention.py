@@ -2,13 +2,11 @@
 
 Four kernels compute the function that ``attention_naive`` specifies:
 
-- ``flash``: flash-attn, where it is installed and the tensors are half precision on CUDA. First order only.
+- ``flash``: flash-attn, where it is installed and the tensors are half precision on CUDA. First order only, and without sinks.
 - ``sdpa``: PyTorch's fused attention, for dense layers. First order only: its backward has no derivative of its own. It takes windows
   as a mask alone, which costs more than it saves.
-- ``triton``: our own kernels for windows and carried keys on CUDA, with exact derivatives of both orders.
+- ``triton``: our own kernels for windows, sinks and carried keys on CUDA, with exact derivatives of both orders.
 - ``tiled``: the same in plain PyTorch, for every device and dtype.
-
-Attention sinks (``sink_attention``) run on one of the last two for the window, and in plain PyTorch for the sinks outside of it.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_lit.ops.carried_attention import CarriedKernel, attend
-from ttt_lit.ops.sink_attention import attend_with_sinks
 
 Kernel = Literal["flash", "sdpa", "triton", "tiled"]
 
@@ -42,23 +39,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
     """
     if window is not None and window + sink_tokens >= k.shape[2]:
         window = None
+    kernel: Kernel
     if window is not None and sink_tokens:
-        near = choose_carried_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window)
-        _note("sinks")
-        return attend_with_sinks(q, k, v, scale=scale, window=window, sink_tokens=sink_tokens, kernel=near)
-    kernel = choose_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window, second_order=False)
-    _note(kernel)
+        kernel = choose_carried_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window)
+    else:
+        kernel = choose_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window, second_order=False)
+        _note(kernel)
     if kernel == "flash":
         return _flash(q, k, v, scale, window)
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return attend(q, k, v, scale=scale, window=window, kernel=kernel).output
+    return attend(q, k, v, scale=scale, window=window, sink_tokens=sink_tokens, kernel=kernel).output
 
 
 def choose_carried_kernel(
     *, device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None
 ) -> CarriedKernel:
-    """The kernel for chunks and their carried keys, and for the window of attention with sinks."""
+    """The kernel for chunks and their carried keys, and for sinks."""
     kernel = choose_kernel(device=device, dtype=dtype, head_dim=head_dim, window=window, second_order=True)
     _note(kernel)
     assert kernel == "triton" or kernel == "tiled"  # noqa: PLR1714 (one by one, for the type)
@@ -81,7 +78,7 @@ def choose_kernel(
 
 
 @torch.compiler.assume_constant_result
-def _note(kernel: Kernel | Literal["sinks"]) -> None:
+def _note(kernel: Kernel) -> None:
     kernels_that_ran.add(kernel)
 
 

@@ -42,36 +42,18 @@ def attend(
     scale: float,
     window: int | None,
     kernel: CarriedKernel,
+    sink_tokens: int = 0,
     known: Attended | None = None,
 ) -> Attended:
     """Causal attention of q (B, Hq, T, D) over past and k, v (B, Hkv, T, D), within ``window`` tokens. Differentiable twice in all.
 
-    ``past``: keys and values (B, Hkv, P, D) that come before, or None. ``known``: the result, where an earlier call has computed it; its
+    ``past``: keys and values (B, Hkv, P, D) that come before, or None. Of past and new keys in one row, every query sees the first
+    ``sink_tokens`` up to its own, however far they are. ``known``: the result, where an earlier call has computed it; its
     gradient is that of the computation, at the cost of a copy. The log-sum-exp has no gradient.
     """
     past_k, past_v = past or (None, None)
     output, lse = known or (None, None)
-    return Attended(*_attend(q, k, v, past_k, past_v, output, lse, scale, window, kernel))
-
-
-def gradient_through(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    known: Attended,
-    *,
-    scale: float,
-    window: int | None,
-    kernel: CarriedKernel,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What these keys contribute to the gradient of ⟨do, output⟩, as (dq, dk, dv); it is itself a constant.
-
-    ``known`` may be attention over more keys than k and v. With its output and log-sum-exp, p and the softmax's derivative are those of
-    the whole row, so that contributions of disjoint sets of keys add up.
-    """
-    dq, dk, dv = _attend_backward(do, q, k, v, None, None, *known, scale, window, kernel, False)
-    return dq, dk, dv
+    return Attended(*_attend(q, k, v, past_k, past_v, output, lse, scale, window, sink_tokens, kernel))
 
 
 def attend_dual(
@@ -85,10 +67,12 @@ def attend_dual(
     scale: float,
     window: int | None,
     kernel: CarriedKernel,
+    sink_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The known output, and its derivative along ``direction`` (as q, k, v). Differentiable once in all tensors but ``known``."""
     past_k, past_v = past or (None, None)
-    output, tangent, _ = _attend_dual(q, k, v, past_k, past_v, *known, *direction, scale, window, kernel)
+    settings = (scale, window, sink_tokens, kernel)
+    output, tangent, _ = _attend_dual(q, k, v, past_k, past_v, *known, *direction, *settings)
     return output, tangent
 
 
@@ -135,11 +119,12 @@ def _attend(
     known_lse: Tensor | None,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     if known_output is not None and known_lse is not None:
         return _copy(known_output), _copy(known_lse)
-    return _functions(kernel).forward(q, _joined(past_k, k), _joined(past_v, v), scale, window)
+    return _functions(kernel).forward(q, _joined(past_k, k), _joined(past_v, v), scale, window, sink_tokens)
 
 
 @_attend.register_fake
@@ -159,13 +144,14 @@ def _attend_backward(
     lse: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     kernel: str,
     with_past: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv of the new keys, or of carried and new ones together."""
     keys, values = _joined(past_k, k), _joined(past_v, v)
     count = keys.shape[2] if with_past else k.shape[2]
-    return _functions(kernel).backward(do, q, keys, values, output, lse, scale, window, count)
+    return _functions(kernel).backward(do, q, keys, values, output, lse, scale, window, sink_tokens, count)
 
 
 @_attend_backward.register_fake
@@ -188,11 +174,12 @@ def _attend_dual(
     tv: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, its tangent, and mu. ``tk`` and ``tv`` may cover carried keys too."""
     keys, values = _joined(past_k, k), _joined(past_v, v)
-    tangent, mu = _functions(kernel).jvp(q, keys, values, output, lse, tq, tk, tv, scale, window)
+    tangent, mu = _functions(kernel).jvp(q, keys, values, output, lse, tq, tk, tv, scale, window, sink_tokens)
     return _copy(output), tangent, mu
 
 
@@ -219,12 +206,13 @@ def _attend_dual_backward(
     tv: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv of carried and new keys, dtq, and dtk and dtv of the keys that have a direction."""
     keys, values = _joined(past_k, k), _joined(past_v, v)
     function = _functions(kernel).dual_backward
-    return function(do, dto, q, keys, values, output, lse, to, mu, tq, tk, tv, scale, window)
+    return function(do, dto, q, keys, values, output, lse, to, mu, tq, tk, tv, scale, window, sink_tokens)
 
 
 @_attend_dual_backward.register_fake
@@ -237,7 +225,8 @@ def _(
 
 
 def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, _, ctx.scale, ctx.window, ctx.kernel = inputs
+    *tensors, _, _, scale, window, sink_tokens, kernel = inputs
+    ctx.settings = scale, window, sink_tokens, kernel
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
@@ -245,41 +234,40 @@ def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward_of_attend(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
     if do is None:
-        return (None,) * 10
+        return (None,) * 11
     q, k, v, past_k, past_v, output, lse = ctx.saved_tensors
     with_past = past_k is not None and any(ctx.needs_input_grad[3:5])
-    dq, dk, dv = _attend_backward(
-        do, q, k, v, past_k, past_v, output, lse, ctx.scale, ctx.window, ctx.kernel, with_past
-    )
+    dq, dk, dv = _attend_backward(do, q, k, v, past_k, past_v, output, lse, *ctx.settings, with_past)
     past = past_k if with_past else None
     (dpk, dk), (dpv, dv) = _split(dk, past), _split(dv, past)
-    return dq, dk, dv, dpk, dpv, None, None, None, None, None
+    return dq, dk, dv, dpk, dpv, *(None,) * 6
 
 
 _attend.register_autograd(_backward_of_attend, setup_context=_save_attend)
 
 
 def _save_attend_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.window, ctx.kernel, ctx.with_past = inputs
+    *tensors, scale, window, sink_tokens, kernel, _ = inputs
+    ctx.settings = scale, window, sink_tokens, kernel
     ctx.save_for_backward(*tensors)
 
 
 def _backward_of_attend_backward(ctx: Any, tq: Tensor, tk: Tensor, tv: Tensor) -> tuple[Any, ...]:
     """Output and log-sum-exp are functions of q, k and v: what flows through them is in the gradients of q, k and v."""
     do, q, k, v, past_k, past_v, output, lse = ctx.saved_tensors
-    settings = (ctx.scale, ctx.window, ctx.kernel)
     carried = (q, k, v, past_k, past_v, output, lse)
-    _, to, mu = _attend_dual(*carried, tq, tk, tv, *settings)
-    dq, dk, dv, *_ = _attend_dual_backward(None, do, *carried, to, mu, tq, tk, tv, *settings)
+    _, to, mu = _attend_dual(*carried, tq, tk, tv, *ctx.settings)
+    dq, dk, dv, *_ = _attend_dual_backward(None, do, *carried, to, mu, tq, tk, tv, *ctx.settings)
     (dpk, dk), (dpv, dv) = _split(dk, past_k), _split(dv, past_v)
-    return to, dq, dk, dv, dpk, dpv, *(None,) * 6
+    return to, dq, dk, dv, dpk, dpv, *(None,) * 7
 
 
 _attend_backward.register_autograd(_backward_of_attend_backward, setup_context=_save_attend_backward)
 
 
 def _save_dual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, past_k, past_v, known, lse, tq, tk, tv, ctx.scale, ctx.window, ctx.kernel = inputs
+    q, k, v, past_k, past_v, known, lse, tq, tk, tv, scale, window, sink_tokens, kernel = inputs
+    ctx.settings = scale, window, sink_tokens, kernel
     _, to, mu = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mu)
@@ -290,11 +278,9 @@ def _backward_of_dual(ctx: Any, do: Tensor | None, dto: Tensor | None, _: None) 
     q, k, v, past_k, past_v, *rest = ctx.saved_tensors
     if dto is None:
         dto = torch.zeros_like(rest[2])
-    dq, dk, dv, dtq, dtk, dtv = _attend_dual_backward(
-        do, dto, q, k, v, past_k, past_v, *rest, ctx.scale, ctx.window, ctx.kernel
-    )
+    dq, dk, dv, dtq, dtk, dtv = _attend_dual_backward(do, dto, q, k, v, past_k, past_v, *rest, *ctx.settings)
     (dpk, dk), (dpv, dv) = _split(dk, past_k), _split(dv, past_v)
-    return dq, dk, dv, dpk, dpv, None, None, dtq, dtk, dtv, None, None, None
+    return dq, dk, dv, dpk, dpv, None, None, dtq, dtk, dtv, *(None,) * 4
 
 
 _attend_dual.register_autograd(_backward_of_dual, setup_context=_save_dual)

@@ -1,7 +1,8 @@
 """Windowed causal attention and its derivatives in plain PyTorch, one tile of queries at a time.
 
-No function makes a matrix of all queries by all keys: a tile reads the keys that its window reaches. The four functions are what exact
-meta-gradients need. With s = scale · q kᵀ, p = exp(s − lse), o = p v and a direction (tq, tk, tv) along which ts = scale · (tq kᵀ + q tkᵀ):
+No function makes a matrix of all queries by all keys: a tile reads the keys that its window reaches and, in front of them, the first
+``sink_tokens`` keys, which every later query sees. The four functions are what exact meta-gradients need. With s = scale · q kᵀ,
+p = exp(s − lse), o = p v and a direction (tq, tk, tv) along which ts = scale · (tq kᵀ + q tkᵀ):
 
 - ``forward``: o and the log-sum-exp of every row, from which p is rebuilt wherever it is needed;
 - ``backward``: the gradient of ⟨do, o⟩;
@@ -28,16 +29,20 @@ TILE = 64
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries start … stop − 1 and the keys low … high − 1 that any of them sees."""
+    """Queries start … stop − 1, and the keys that any of them sees: 0 … sinks − 1, then low … high − 1. The columns are in this order."""
 
     start: int
     stop: int
+    sinks: int
+    """Less than ``low``, or 0: sinks that the other keys follow on without a gap are among them."""
     low: int
     high: int
     causal: Tensor | None
     """(queries, queries) bool, True where one of the last keys lies after the query."""
     expired: Tensor | None
-    """(queries, columns) bool, True where one of the first keys lies before the query's window. None: the window cuts nothing."""
+    """(queries, columns) bool, True where a key that is no sink lies before the query's window. None: the window cuts nothing."""
+    first_expired: int
+    """The column where ``expired`` begins."""
 
     def hide(self, scores: Tensor, value: float) -> Tensor:
         """Overwrite, in place, what no query may see; scores (B, Hkv, G · queries, keys)."""
@@ -46,37 +51,61 @@ class _Tile:
         if self.causal is not None:
             grouped[..., -rows:].masked_fill_(self.causal, value)
         if self.expired is not None:
-            grouped[..., : self.expired.shape[1]].masked_fill_(self.expired, value)
+            grouped.narrow(-1, self.first_expired, self.expired.shape[1]).masked_fill_(self.expired, value)
         return scores
 
+    def keys(self, x: Tensor, old: int = 0) -> Tensor:
+        """The tile's keys from ``old`` on, of a tensor that begins with key ``old``."""
+        near = x[:, :, max(self.low, old) - old : max(self.high - old, 0)]
+        return torch.cat([x[:, :, : self.sinks - old], near], dim=2) if old < self.sinks else near
 
-def _tiles(q: Tensor, k: Tensor, window: int | None) -> Iterator[_Tile]:
+    def columns(self, old: int) -> slice:
+        """Where these keys stand among the tile's columns."""
+        return slice(old if old < self.sinks else self.sinks + max(self.low, old) - self.low, None)
+
+    def add(self, total: Tensor, old: int, weights: Tensor, rows: Tensor) -> None:
+        """total += weightsᵀ rows for these keys."""
+        if self.high <= old:
+            return
+        share = weights[..., self.columns(old)].mT @ rows
+        if old < self.sinks:
+            far = self.sinks - old
+            total[:, :, :far] += share[:, :, :far]
+            share = share[:, :, far:]
+        total[:, :, max(self.low, old) - old : self.high - old] += share
+
+
+def _tiles(q: Tensor, k: Tensor, window: int | None, sink_tokens: int) -> Iterator[_Tile]:
     num_queries, num_keys = q.shape[2], k.shape[2]
     first = num_keys - num_queries
     for start in range(0, num_queries, TILE):
         stop = min(start + TILE, num_queries)
         rows, high = stop - start, first + stop
         low = 0 if window is None else max(0, first + start - window + 1)
-        query = torch.arange(first + start, high, device=q.device)[:, None]
         causal = expired = None
         if rows > 1:
             causal = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
-        if window is not None and low < high - window:  # the last query no longer sees the tile's first key
-            columns = min(rows - 1, high - low)
-            expired = torch.arange(low, low + columns, device=q.device)[None, :] <= query - window
-        yield _Tile(start, stop, low, high, causal, expired)
+        # The first key that a query of the tile may have left behind.
+        cut = max(low, sink_tokens)
+        sinks, low = (sink_tokens, low) if sink_tokens < low else (0, 0 if sink_tokens else low)
+        if window is not None and cut < high - window:
+            query = torch.arange(first + start, high, device=q.device)[:, None]
+            expired = torch.arange(cut, high - window, device=q.device)[None, :] <= query - window
+        yield _Tile(start, stop, sinks, low, high, causal, expired, sinks + cut - low)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sink_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Tq, D) and the natural log-sum-exp of every row of scores (B, Hq, Tq)."""
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
     kv_heads = k.shape[1]
-    for tile in _tiles(q, k, window):
-        scores = tile.hide(_product(_rows(q, tile, kv_heads) * scale, _keys(k, tile).mT), float("-inf"))
+    for tile in _tiles(q, k, window, sink_tokens):
+        scores = tile.hide(_product(_rows(q, tile, kv_heads) * scale, tile.keys(k).mT), float("-inf"))
         peak = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(dim=-1, keepdim=True)
-        _put(out, tile, (weights.to(v.dtype) @ _keys(v, tile)).div_(total))
+        _put(out, tile, (weights.to(v.dtype) @ tile.keys(v)).div_(total))
         _put(lse, tile, peak.add_(total.log_()).squeeze(-1))
     return out, lse
 
@@ -90,6 +119,7 @@ def backward(
     lse: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     num_new: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ⟨do, o⟩: dq, and dk and dv of the trailing ``num_new`` keys (B, Hkv, num_new, D)."""
@@ -97,13 +127,14 @@ def backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = _sums(k, num_new), _sums(v, num_new)
     delta = _dot(do, o)
-    for tile in _tiles(q, k, window):
+    for tile in _tiles(q, k, window, sink_tokens):
         rows, grad = _rows(q, tile, kv_heads), _rows(do, tile, kv_heads)
-        p = _weights(rows, k, lse, tile, scale)
-        ds = _product(grad, _keys(v, tile).mT).sub_(_row_values(delta, tile, kv_heads)).mul_(p).to(q.dtype)
-        _put(dq, tile, (ds @ _keys(k, tile)).mul_(scale))
-        _add(dk, tile, old, ds, rows * scale)
-        _add(dv, tile, old, p.to(do.dtype), grad)
+        keys = tile.keys(k)
+        p = _weights(rows, keys, lse, tile, scale)
+        ds = _product(grad, tile.keys(v).mT).sub_(_row_values(delta, tile, kv_heads)).mul_(p).to(q.dtype)
+        _put(dq, tile, (ds @ keys).mul_(scale))
+        tile.add(dk, old, ds, rows * scale)
+        tile.add(dv, old, p.to(do.dtype), grad)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -118,18 +149,19 @@ def jvp(
     tv: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Derivative of the output along (tq, tk, tv), and mu."""
     kv_heads, old = k.shape[1], k.shape[2] - tk.shape[2]
     to, mu = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
-    for tile in _tiles(q, k, window):
+    for tile in _tiles(q, k, window, sink_tokens):
         rows = _rows(q, tile, kv_heads)
-        p = _weights(rows, k, lse, tile, scale)
-        new = slice(max(tile.low, old) - tile.low, None)
-        pts = _tangent_scores(rows, _rows(tq, tile, kv_heads), k, tk, tile, old, scale).mul_(p)
+        keys, new = tile.keys(k), tile.columns(old)
+        p = _weights(rows, keys, lse, tile, scale)
+        pts = _tangent_scores(rows, _rows(tq, tile, kv_heads), keys, tile.keys(tk, old), new, scale).mul_(p)
         stat = pts.sum(dim=-1, keepdim=True)
-        out = pts.to(v.dtype) @ _keys(v, tile)
-        out = out + p[..., new].to(v.dtype) @ _new(tv, tile, old)
+        out = pts.to(v.dtype) @ tile.keys(v)
+        out = out + p[..., new].to(v.dtype) @ tile.keys(tv, old)
         out = out - stat.to(v.dtype) * _rows(o, tile, kv_heads)
         _put(to, tile, out)
         _put(mu, tile, stat.squeeze(-1))
@@ -151,6 +183,7 @@ def dual_backward(
     tv: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradient of ⟨do, o⟩ + ⟨dto, to⟩ as (dq, dk, dv, dtq, dtk, dtv); ``do`` None is zero. dk and dv are of all keys."""
     kv_heads, old = k.shape[1], k.shape[2] - tk.shape[2]
@@ -158,33 +191,32 @@ def dual_backward(
     dk, dv, dtk, dtv = _sums(k, k.shape[2]), _sums(v, k.shape[2]), _sums(k, tk.shape[2]), _sums(v, tk.shape[2])
     delta_t = _dot(dto, o)
     delta = _dot(dto, to) if do is None else _dot(dto, to) + _dot(do, o)
-    for tile in _tiles(q, k, window):
+    for tile in _tiles(q, k, window, sink_tokens):
         rows, t_rows, t_grad = (_rows(x, tile, kv_heads) for x in (q, tq, dto))
-        keys, values = _keys(k, tile), _keys(v, tile)
-        new = slice(max(tile.low, old) - tile.low, None)
-        p = _weights(rows, k, lse, tile, scale)
-        spread = _tangent_scores(rows, t_rows, k, tk, tile, old, scale).sub_(_row_values(mu, tile, kv_heads))
+        keys, values = tile.keys(k), tile.keys(v)
+        new, new_keys = tile.columns(old), tile.keys(tk, old)
+        p = _weights(rows, keys, lse, tile, scale)
+        spread = _tangent_scores(rows, t_rows, keys, new_keys, new, scale).sub_(_row_values(mu, tile, kv_heads))
         a = _product(t_grad, values.mT).sub_(_row_values(delta_t, tile, kv_heads))
         if do is None:
             ds = torch.zeros_like(a)
         else:
             grad = _rows(do, tile, kv_heads)
             ds = _product(grad, values.mT)
-        ds[..., new] += _product(t_grad, _new(tv, tile, old).mT)
+        ds[..., new] += _product(t_grad, tile.keys(tv, old).mT)
         ds = ds.sub_(_row_values(delta, tile, kv_heads)).addcmul_(spread, a).mul_(p).to(q.dtype)
         tp = spread.mul_(p).to(q.dtype)
         dst, p = a.mul_(p).to(q.dtype), p.to(q.dtype)
-        new_keys = _new(tk, tile, old)
         _put(dtq, tile, (dst @ keys).mul_(scale))
         _put(dq, tile, (ds @ keys + dst[..., new] @ new_keys).mul_(scale))
         rows, t_rows = rows * scale, t_rows * scale
-        _add(dk, tile, 0, ds, rows)
-        _add(dk, tile, 0, dst, t_rows)
-        _add(dv, tile, 0, tp, t_grad)
+        tile.add(dk, 0, ds, rows)
+        tile.add(dk, 0, dst, t_rows)
+        tile.add(dv, 0, tp, t_grad)
         if do is not None:
-            _add(dv, tile, 0, p, grad)
-        _add(dtk, tile, old, dst, rows)
-        _add(dtv, tile, old, p, t_grad)
+            tile.add(dv, 0, p, grad)
+        tile.add(dtk, old, dst, rows)
+        tile.add(dtv, old, p, t_grad)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dtq, dtk.to(k.dtype), dtv.to(v.dtype)
 
 
@@ -213,25 +245,8 @@ def _row_values(x: Tensor, tile: _Tile, kv_heads: int) -> Tensor:
     return x[:, :, tile.start : tile.stop].reshape(x.shape[0], kv_heads, -1, 1)
 
 
-def _keys(x: Tensor, tile: _Tile) -> Tensor:
-    return x[:, :, tile.low : tile.high]
-
-
-def _new(x: Tensor, tile: _Tile, old: int) -> Tensor:
-    """The tile's part of a tensor that has the trailing keys only; ``old`` keys come before them."""
-    return x[:, :, max(tile.low, old) - old : max(tile.high - old, 0)]
-
-
 def _put(out: Tensor, tile: _Tile, rows: Tensor) -> None:
     out[:, :, tile.start : tile.stop] = rows.reshape(*out.shape[:2], tile.stop - tile.start, *out.shape[3:])
-
-
-def _add(total: Tensor, tile: _Tile, old: int, weights: Tensor, rows: Tensor) -> None:
-    """total += weightsᵀ rows for the tile's keys from ``old`` on."""
-    if tile.high > old:
-        total[:, :, max(tile.low, old) - old : tile.high - old] += (
-            weights[..., max(tile.low, old) - tile.low :].mT @ rows
-        )
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -239,12 +254,13 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _weights(rows: Tensor, k: Tensor, lse: Tensor, tile: _Tile, scale: float) -> Tensor:
-    scores = _product(rows * scale, _keys(k, tile).mT).sub_(_row_values(lse, tile, k.shape[1])).exp_()
+def _weights(rows: Tensor, keys: Tensor, lse: Tensor, tile: _Tile, scale: float) -> Tensor:
+    scores = _product(rows * scale, keys.mT).sub_(_row_values(lse, tile, keys.shape[1])).exp_()
     return tile.hide(scores, 0.0)
 
 
-def _tangent_scores(rows: Tensor, t_rows: Tensor, k: Tensor, tk: Tensor, tile: _Tile, old: int, scale: float) -> Tensor:
-    scores = _product(t_rows * scale, _keys(k, tile).mT)
-    scores[..., max(tile.low, old) - tile.low :] += _product(rows * scale, _new(tk, tile, old).mT)
+def _tangent_scores(rows: Tensor, t_rows: Tensor, keys: Tensor, new_keys: Tensor, new: slice, scale: float) -> Tensor:
+    """``new_keys``: the tangents of the keys in the columns ``new``."""
+    scores = _product(t_rows * scale, keys.mT)
+    scores[..., new] += _product(rows * scale, new_keys.mT)
     return scores

@@ -1,6 +1,7 @@
 """Windowed causal attention and its derivatives as Triton kernels; the plain twin with the same functions is ``tiled_attention``.
 
-Query i of Tq sits on key Tk − Tq + i and sees the last ``window`` keys up to its own (None: all of them). Per query head,
+Query i of Tq sits on key Tk − Tq + i. It sees the last ``window`` keys up to its own (None: all of them), and of the first
+``sink_tokens`` keys those up to its own. Per query head,
 
     s = scale · q kᵀ     p = exp(s − lse)     o = p v
     ts = scale · (tq kᵀ + q tkᵀ)     mu = rowsum(p ∘ ts)     tp = p ∘ (ts − mu)     to = tp v + p tv
@@ -63,11 +64,14 @@ _DUAL_TILES = {
 _FLOAT32_TILE = Tile(16, 16, 8, 1)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sink_tokens: int
+) -> tuple[Tensor, Tensor]:
     """o, and lse in natural logarithm."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     o, lse = torch.empty_like(q), _row_statistic(q)
-    _over_queries(kernels.forward_kernel, _tile(_TILES, q), q, (q, k, v, o, lse), scale, **_lengths(q, k, window))
+    lengths = _lengths(q, k, window, sink_tokens)
+    _over_queries(kernels.forward_kernel, _tile(_TILES, q), q, (q, k, v, o, lse), scale, **lengths)
     return o, lse
 
 
@@ -80,12 +84,13 @@ def backward(
     lse: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     num_new: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ⟨do, o⟩: dq, and dk and dv (B, Hkv, num_new, D) of the trailing ``num_new`` keys."""
     do, q, k, v, o, lse = (x.contiguous() for x in (do, q, k, v, o, lse))
     dq, dk, dv, delta = torch.empty_like(q), _some_keys(k, num_new), _some_keys(v, num_new), _row_statistic(q)
-    tile, lengths = _tile(_TILES, q), _lengths(q, k, window)
+    tile, lengths = _tile(_TILES, q), _lengths(q, k, window, sink_tokens)
     pointers = (do, q, k, v, o, lse, dq, delta)
     _over_queries(kernels.backward_query_kernel, tile, q, pointers, scale, **lengths)
     pointers = (do, q, k, v, lse, delta, dk, dv)
@@ -104,11 +109,12 @@ def jvp(
     tv: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """to and mu: the derivatives of o and lse along (tq, tk, tv)."""
     q, k, v, o, lse, tq, tk, tv = (x.contiguous() for x in (q, k, v, o, lse, tq, tk, tv))
     to, mu = torch.empty_like(q), _row_statistic(q)
-    lengths = {**_lengths(q, k, window), "num_new": tk.shape[2]}
+    lengths = {**_lengths(q, k, window, sink_tokens), "num_new": tk.shape[2]}
     pointers = (q, k, v, o, lse, tq, tk, tv, to, mu)
     _over_queries(kernels.jvp_kernel, _tile(_TILES, q), q, pointers, scale, **lengths)
     return to, mu
@@ -129,6 +135,7 @@ def dual_backward(
     tv: Tensor,
     scale: float,
     window: int | None,
+    sink_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradient of ⟨do, o⟩ + ⟨dto, to⟩ as (dq, dk, dv, dtq, dtk, dtv); ``do`` None is zero. dk and dv are of all keys."""
     do = None if do is None else do.contiguous()
@@ -137,7 +144,7 @@ def dual_backward(
     dq, dk, dv, dtq, dtk, dtv = (torch.empty_like(x) for x in (q, k, v, tq, tk, tv))
     dh, e = _row_statistic(q), _row_statistic(q)
     num_keys, num_new = k.shape[2], tk.shape[2]
-    tile, lengths = _tile(_DUAL_TILES, q), _lengths(q, k, window)
+    tile, lengths = _tile(_DUAL_TILES, q), _lengths(q, k, window, sink_tokens)
     pointers = (do, dto, q, k, v, o, lse, to, mu, tq, tk, tv, dq, dtq, dh, e)
     _over_queries(kernels.dual_query_kernel, tile, q, pointers, scale, **lengths, num_new=num_new)
     old, common = num_keys - num_new, (do, dto, q, k, v, lse, mu, dh, e, tq)
@@ -179,14 +186,17 @@ def _shared_kib(device: torch.device) -> int:
     return int(found["max_shared_mem"]) // 1024
 
 
-def _lengths(q: Tensor, k: Tensor, window: int | None) -> dict[str, int]:
-    """What every kernel needs to know of the shapes. A window of all the keys is no window."""
+def _lengths(q: Tensor, k: Tensor, window: int | None, sink_tokens: int) -> dict[str, int]:
+    """What every kernel needs to know of the shapes. A window that hides no key, with its sinks, is one of all the keys and none."""
     num_keys, head_dim = k.shape[2], q.shape[3]
+    if window is None or window + sink_tokens >= num_keys:
+        window, sink_tokens = num_keys, 0
     return {
         "num_queries": q.shape[2],
         "num_keys": num_keys,
-        "window": num_keys if window is None else min(window, num_keys),
+        "window": window,
         "group": q.shape[1] // k.shape[1],
+        "SINKS": sink_tokens,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": _padded(head_dim),
     }

@@ -4,9 +4,12 @@ Formulas are those of ``triton_attention``. Every matrix argument is contiguous 
 every statistic is (heads, Tq) float32; heads stands for B · Hq or B · Hkv. A program owns the rows that it writes, so no two programs add
 to one address: there are no atomics and two runs give the same bits.
 
-- A query-side program owns BLOCK_Q queries of one query head and walks over the keys that they see.
+- A query-side program owns BLOCK_Q queries of one query head and walks over the keys that they see: tiles of sinks that lie before every
+  window, then the windows.
 - A key-side program owns BLOCK_K keys of one key head and walks over the queries that see them, in every query head of the group. It works
   on transposed tiles (keys down, queries across), because its results are products of the transposed weights.
+
+SINKS is a constant of a compilation: a network has one number of them, and without any no kernel has a trace of them.
 
 Matrix products take operands in the dtype of the inputs and sum in float32; weights and their derivatives are float32 until they become
 an operand. "ieee" matters for float32 inputs only, which the default would round to TF32. Heads are padded to PADDED_DIM, a power of two,
@@ -79,7 +82,12 @@ def _row_dot(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _visible(
-    rows: tl.tensor, keys: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor
+    rows: tl.tensor,
+    keys: tl.tensor,
+    num_queries: tl.tensor,
+    num_keys: tl.tensor,
+    window: tl.tensor,
+    SINKS: tl.constexpr,
 ) -> tl.tensor:
     """Whether the query of a row sees the key. The caller orients ``rows`` and ``keys``, so it serves both kinds of tile.
 
@@ -87,7 +95,10 @@ def _visible(
     zeros, which add nothing. Queries see no key beyond the last.
     """
     position = rows + (num_keys - num_queries)
-    return (keys <= position) & (keys > position - window)
+    near = keys > position - window
+    if SINKS > 0:
+        near = near | (keys < SINKS)
+    return (keys <= position) & near
 
 
 @triton.jit
@@ -99,33 +110,80 @@ def _weights(scores: tl.tensor, lse: tl.tensor, visible: tl.tensor, scale: tl.te
 
 @triton.jit
 def _keys_in_reach(
-    first_row: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, BLOCK_Q: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """[low, high): the keys that any of the BLOCK_Q queries from ``first_row`` on sees."""
+    first_row: tl.tensor,
+    num_queries: tl.tensor,
+    num_keys: tl.tensor,
+    window: tl.tensor,
+    SINKS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """first, low, high: the windows of the BLOCK_Q queries from ``first_row`` on hold the keys low … high − 1. Tiles start at ``first``:
+    those before ``low`` stand for the sinks before it."""
     position = first_row + (num_keys - num_queries)
-    return tl.maximum(position - window + 1, 0), tl.minimum(position + BLOCK_Q, num_keys)
+    low = tl.maximum(position - window + 1, 0)
+    first = low
+    if SINKS > 0:
+        first = low - (tl.minimum(low, SINKS) + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    return first, low, tl.minimum(position + BLOCK_Q, num_keys)
+
+
+@triton.jit
+def _keys_of_tile(
+    start: tl.tensor,
+    first: tl.tensor,
+    low: tl.tensor,
+    num_keys: tl.tensor,
+    SINKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """The keys of a tile as ``_keys_in_reach`` lays them out. What is beyond the sinks there belongs to nobody: it comes after all keys."""
+    keys = start + tl.arange(0, BLOCK_K)
+    if SINKS > 0:
+        sinks = keys - first
+        sinks = tl.where(sinks < tl.minimum(low, SINKS), sinks, num_keys)
+        keys = tl.where(start < low, sinks, keys)
+    return keys
 
 
 @triton.jit
 def _queries_in_reach(
-    first_key: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, BLOCK_K: tl.constexpr
+    first_key: tl.tensor,
+    num_queries: tl.tensor,
+    num_keys: tl.tensor,
+    window: tl.tensor,
+    SINKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """[low, high): the queries that see any of the BLOCK_K keys from ``first_key`` on. Empty where low ≥ high."""
     row = first_key - (num_keys - num_queries)
-    return tl.maximum(row, 0), tl.minimum(row + BLOCK_K - 1 + window, num_queries)
+    high = tl.minimum(row + BLOCK_K - 1 + window, num_queries)
+    if SINKS > 0:
+        high = tl.where(first_key < SINKS, num_queries, high)
+    return tl.maximum(row, 0), high
 
 
 @triton.jit
-def _first_tangent_tile(low: tl.tensor, high: tl.tensor, first_new: tl.tensor, BLOCK_K: tl.constexpr) -> tl.tensor:
-    """Where the tiles of keys that start at ``low`` begin to contain keys from ``first_new`` on; ``high`` if they never do."""
-    return tl.minimum(low + tl.maximum(first_new - low, 0) // BLOCK_K * BLOCK_K, high)
+def _first_tangent_tile(
+    first: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    first_new: tl.tensor,
+    SINKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Where the tiles begin to contain keys from ``first_new`` on; ``high`` if they never do."""
+    tile = tl.minimum(low + tl.maximum(first_new - low, 0) // BLOCK_K * BLOCK_K, high)
+    if SINKS > 0:
+        tile = tl.where(first_new < tl.minimum(low, SINKS), first, tile)
+    return tile
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def forward_kernel(
     q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, o_ptr: tl.tensor, lse_ptr: tl.tensor,
     scale: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, group: tl.tensor,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """o and lse of BLOCK_Q queries."""
     head = tl.program_id(1).to(tl.int64)
@@ -137,12 +195,12 @@ def forward_kernel(
     peak = tl.full([BLOCK_Q], -1e38, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
-    low, high = _keys_in_reach(first_row, num_queries, num_keys, window, BLOCK_Q)
-    for start in range(low, high, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
+    first, low, high = _keys_in_reach(first_row, num_queries, num_keys, window, SINKS, BLOCK_Q, BLOCK_K)
+    for start in range(first, high, BLOCK_K):
+        keys = _keys_of_tile(start, first, low, num_keys, SINKS, BLOCK_K)
         k = _load(k_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
         v = _load(v_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
-        visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window)
+        visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window, SINKS)
         scores = tl.where(visible, _scores(q, k) * (scale * LOG2_E), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shrink = tl.exp2(peak - new_peak)
@@ -161,7 +219,7 @@ def backward_query_kernel(
     do_ptr: tl.tensor, q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, o_ptr: tl.tensor, lse_ptr: tl.tensor,
     dq_ptr: tl.tensor, delta_ptr: tl.tensor,
     scale: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, group: tl.tensor,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """dq of BLOCK_Q queries, and delta = rowsum(do ∘ o) for the key side."""
     head = tl.program_id(1).to(tl.int64)
@@ -175,12 +233,12 @@ def backward_query_kernel(
     delta = _row_dot(do, o)
     tl.store(delta_ptr + of_queries + rows, delta, mask=rows < num_queries)
     dq = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
-    low, high = _keys_in_reach(first_row, num_queries, num_keys, window, BLOCK_Q)
-    for start in range(low, high, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
+    first, low, high = _keys_in_reach(first_row, num_queries, num_keys, window, SINKS, BLOCK_Q, BLOCK_K)
+    for start in range(first, high, BLOCK_K):
+        keys = _keys_of_tile(start, first, low, num_keys, SINKS, BLOCK_K)
         k = _load(k_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
         v = _load(v_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
-        visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window)
+        visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window, SINKS)
         p = _weights(_scores(q, k), lse[:, None], visible, scale)
         dq = _add_product(dq, p * (_scores(do, v) - delta[:, None]), k)
     _store(dq_ptr + of_queries * HEAD_DIM, dq * scale, rows, num_queries, HEAD_DIM, PADDED_DIM)
@@ -192,7 +250,7 @@ def backward_key_kernel(
     dk_ptr: tl.tensor, dv_ptr: tl.tensor,
     scale: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, group: tl.tensor,
     num_new: tl.tensor,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """dk and dv of BLOCK_K of the trailing ``num_new`` keys."""
     kv_head = tl.program_id(1).to(tl.int64)
@@ -204,7 +262,7 @@ def backward_key_kernel(
     v = _load(v_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
     dk = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
     dv = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
-    low, high = _queries_in_reach(first_key, num_queries, num_keys, window, BLOCK_K)
+    low, high = _queries_in_reach(first_key, num_queries, num_keys, window, SINKS, BLOCK_K)
     for member in range(group):
         of_queries = (kv_head * group + member) * num_queries
         for start in range(low, high, BLOCK_Q):
@@ -213,7 +271,7 @@ def backward_key_kernel(
             do = _load(do_ptr + of_queries * HEAD_DIM, rows, num_queries, HEAD_DIM, PADDED_DIM)
             lse = tl.load(lse_ptr + of_queries + rows, mask=rows < num_queries, other=0.0)
             delta = tl.load(delta_ptr + of_queries + rows, mask=rows < num_queries, other=0.0)
-            visible = _visible(rows[None, :], keys[:, None], num_queries, num_keys, window)
+            visible = _visible(rows[None, :], keys[:, None], num_queries, num_keys, window, SINKS)
             p = _weights(_scores(k, q), lse[None, :], visible, scale)
             dv = _add_product(dv, p, do)
             dk = _add_product(dk, p * (_scores(v, do) - delta[None, :]), q)
@@ -227,7 +285,7 @@ def jvp_kernel(
     tk_ptr: tl.tensor, tv_ptr: tl.tensor, to_ptr: tl.tensor, mu_ptr: tl.tensor,
     scale: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, group: tl.tensor,
     num_new: tl.tensor,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """to and mu of BLOCK_Q queries, in one sweep: Σ p ts v + p tv does not need mu before its end."""
     head = tl.program_id(1).to(tl.int64)
@@ -240,15 +298,15 @@ def jvp_kernel(
     mu = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
     first_new = num_keys - num_new
-    low, high = _keys_in_reach(first_row, num_queries, num_keys, window, BLOCK_Q)
-    middle = _first_tangent_tile(low, high, first_new, BLOCK_K)
+    first, low, high = _keys_in_reach(first_row, num_queries, num_keys, window, SINKS, BLOCK_Q, BLOCK_K)
+    middle = _first_tangent_tile(first, low, high, first_new, SINKS, BLOCK_K)
     # Compiled twice: first the tiles whose keys are all constants, then those that have tangents.
     for TANGENTS in tl.static_range(2):
-        for start in range(middle if TANGENTS else low, high if TANGENTS else middle, BLOCK_K):
-            keys = start + tl.arange(0, BLOCK_K)
+        for start in range(middle if TANGENTS else first, high if TANGENTS else middle, BLOCK_K):
+            keys = _keys_of_tile(start, first, low, num_keys, SINKS, BLOCK_K)
             k = _load(k_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
             v = _load(v_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
-            visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window)
+            visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window, SINKS)
             p = _weights(_scores(q, k), lse[:, None], visible, scale)
             ts = _scores(tq, k)
             if TANGENTS:
@@ -272,7 +330,7 @@ def dual_query_kernel(
     tv_ptr: tl.tensor, dq_ptr: tl.tensor, dtq_ptr: tl.tensor, dh_ptr: tl.tensor, e_ptr: tl.tensor,
     scale: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, group: tl.tensor,
     num_new: tl.tensor,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """dq and dtq of BLOCK_Q queries, and the row sums dh and e for the key side. ``do_ptr`` None: do is zero."""
     head = tl.program_id(1).to(tl.int64)
@@ -295,15 +353,15 @@ def dual_query_kernel(
     dq = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
     dtq = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
     first_new = num_keys - num_new
-    low, high = _keys_in_reach(first_row, num_queries, num_keys, window, BLOCK_Q)
-    middle = _first_tangent_tile(low, high, first_new, BLOCK_K)
+    first, low, high = _keys_in_reach(first_row, num_queries, num_keys, window, SINKS, BLOCK_Q, BLOCK_K)
+    middle = _first_tangent_tile(first, low, high, first_new, SINKS, BLOCK_K)
     # Compiled twice: first the tiles whose keys are all constants, then those that have tangents.
     for TANGENTS in tl.static_range(2):
-        for start in range(middle if TANGENTS else low, high if TANGENTS else middle, BLOCK_K):
-            keys = start + tl.arange(0, BLOCK_K)
+        for start in range(middle if TANGENTS else first, high if TANGENTS else middle, BLOCK_K):
+            keys = _keys_of_tile(start, first, low, num_keys, SINKS, BLOCK_K)
             k = _load(k_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
             v = _load(v_ptr + of_keys * HEAD_DIM, keys, num_keys, HEAD_DIM, PADDED_DIM)
-            visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window)
+            visible = _visible(rows[:, None], keys[None, :], num_queries, num_keys, window, SINKS)
             p = _weights(_scores(q, k), lse[:, None], visible, scale)
             ts = _scores(tq, k)
             dp = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -332,7 +390,7 @@ def dual_key_kernel(
     dtv_ptr: tl.tensor | None,
     scale: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, window: tl.tensor, group: tl.tensor,
     first_key: tl.tensor, end_key: tl.tensor,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """dk, dv, dtk and dtv of BLOCK_K of the keys ``first_key`` … ``end_key`` − 1: either all of them have tangents or none has.
 
@@ -351,7 +409,7 @@ def dual_key_kernel(
         tv = _load(tv_ptr + of_new * HEAD_DIM, new_keys, end_key - first_key, HEAD_DIM, PADDED_DIM)
         dtk = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
         dtv = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
-    low, high = _queries_in_reach(first_key + tl.program_id(0) * BLOCK_K, num_queries, num_keys, window, BLOCK_K)
+    low, high = _queries_in_reach(first_key + tl.program_id(0) * BLOCK_K, num_queries, num_keys, window, SINKS, BLOCK_K)
     for member in range(group):
         of_queries = (kv_head * group + member) * num_queries
         for start in range(low, high, BLOCK_Q):
@@ -363,7 +421,7 @@ def dual_key_kernel(
             mu = tl.load(mu_ptr + of_queries + rows, mask=rows < num_queries, other=0.0)
             dh = tl.load(dh_ptr + of_queries + rows, mask=rows < num_queries, other=0.0)
             e = tl.load(e_ptr + of_queries + rows, mask=rows < num_queries, other=0.0)
-            visible = _visible(rows[None, :], keys[:, None], num_queries, num_keys, window)
+            visible = _visible(rows[None, :], keys[:, None], num_queries, num_keys, window, SINKS)
             p = _weights(_scores(k, q), lse[None, :], visible, scale)
             ts = _scores(k, tq)
             dp = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)

@@ -69,7 +69,7 @@ def check_stages(
     check_steps(plans)
     for plan in plans:
         mode = plan.config.mode
-        unknown = sorted(set(plan.config.full_attention_layers) - set(range(start.spec.num_layers)))
+        unknown = sorted(set(plan.full_attention_layers) - set(range(start.spec.num_layers)))
         if unknown:
             raise ValueError(
                 f"stage {plan.name}: full_attention_layers: got {unknown}, expected layer indices from 0 to {start.spec.num_layers - 1}"

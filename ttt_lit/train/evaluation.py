@@ -105,27 +105,22 @@ def validation_entry(inner: Inner, result: PositionResult) -> dict[str, Any]:
     }
 
 
-def evaluation_modes(training: Mode, *, has_inner_loop: bool, has_sinks: bool = False) -> dict[Inner, Mode]:
-    """In which mode each setting reads. Off is the trained network without updates: ``none`` where prime MLPs are not trained yet.
-
-    With attention sinks there is no "on": chunks carry no sinks, and without them another network would be measured.
-    """
+def evaluation_modes(training: Mode, *, has_inner_loop: bool) -> dict[Inner, Mode]:
+    """In which mode each setting reads. Off is the trained network without updates: ``none`` where prime MLPs are not trained yet."""
     off: Mode = "none" if training == "none" else "static"
-    return {"off": off, "on": "meta"} if has_inner_loop and not has_sinks else {"off": off}
+    return {"off": off, "on": "meta"} if has_inner_loop else {"off": off}
 
 
 def headline_inner(config: ValidationConfig, last: Mode, *, can_update: bool) -> Inner:
     """Which loss of the last stage, trained in mode ``last``, speaks for the run.
 
     Raises:
-        ValueError: updates are asked of a stage that has nothing to update, or that has attention sinks.
+        ValueError: updates are asked of a model that has nothing to update.
     """
     if config.headline == "as_trained":
         return "on" if last in ("meta", "first_order") else "off"
     if config.headline == "with_updates" and not can_update:
-        raise ValueError(
-            "validation.headline: with_updates needs TTT layers, and no sink_tokens in the last stage; set model.ttt or choose as_trained"
-        )
+        raise ValueError("validation.headline: with_updates needs TTT layers; set model.ttt or choose as_trained")
     return "on" if config.headline == "with_updates" else "off"
 
 

@@ -113,10 +113,7 @@ class TTTModule(L.LightningModule):
         damaged = self.damage_contexts if self.start.origin.checkpoint is not None else ()
         check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
-        last = self.plans[-1].config
-        self.headline = headline_inner(
-            self.validation, last.mode, can_update=self.has_inner_loop and not last.sink_tokens
-        )
+        self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
         self.ledger = Ledger(devices=self.trainer.world_size)
         if self._ledger_state is not None:
             self.ledger.load_state_dict(self._ledger_state)
@@ -300,8 +297,7 @@ class TTTModule(L.LightningModule):
 
     def evaluation_modes(self) -> dict[Inner, Mode]:
         """In which mode each setting of the inner loop that the stage has is measured."""
-        config = self.plan.config
-        return evaluation_modes(config.mode, has_inner_loop=self.has_inner_loop, has_sinks=config.sink_tokens > 0)
+        return evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
 
     @property
     def damage_contexts(self) -> tuple[Context, ...]:

@@ -28,11 +28,11 @@ class StageConfig:
     """``dense``: windows as the checkpoint has them. ``window``: no layer sees further than ``window_share`` × size.window."""
     window_share: float = 1.0
     """Window as a share of size.window."""
-    sink_tokens: int = 0
-    """Tokens from the first on that stay visible outside of the window, in the layers that the stage narrows (attention sinks). For mode
-    ``none`` alone; validation then reads with the inner loop off only."""
-    full_attention_layers: list[int] = field(default_factory=list)
-    """Layers, by index, that keep the window that the checkpoint gives them, without sinks."""
+    sink_tokens: int | None = None
+    """Tokens from the first on that stay visible outside of the window in the full-attention layers that the stage narrows. null: as
+    many as size.sink_tokens."""
+    full_attention_layers: list[int] | None = None
+    """Layers, by index, that keep the window that the checkpoint gives them, without sinks. null: those of size.full_attention_layers."""
     mode: Mode = "none"
     """What the inner loop does in training: none, static, meta or first_order."""
     updated_layers: list[int] | None = None
@@ -70,8 +70,10 @@ class StageConfig:
                 f"stages: teacher_kl {self.teacher_kl:g} with mode {self.mode}: a network that learns while reading has no teacher; set "
                 "teacher_kl: 0, or mode none or static"
             )
-        if self.sink_tokens < 0:
-            raise ValueError(f"stages: sink_tokens: got {self.sink_tokens}, expected 0 or more tokens")
+        if self.sink_tokens is not None and self.sink_tokens < 0:
+            raise ValueError(
+                f"stages: sink_tokens: got {self.sink_tokens}, expected 0 or more tokens, or null for the size's"
+            )
         if not (self.lr > 0 and (self.new_lr is None or self.new_lr >= 0)):
             raise ValueError(
                 f"stages: got lr {self.lr} and new_lr {self.new_lr}, expected lr > 0 and new_lr >= 0 or null"
@@ -117,17 +119,23 @@ class SizeConfig:
     """Inner mini-batch."""
     window: int = 8192
     """Sliding window at window_share 1."""
+    sink_tokens: int = 0
+    """Tokens from the first on that stay visible, at their true distance, in every full-attention layer that a stage narrows (attention
+    sinks)."""
+    full_attention_layers: list[int] = field(default_factory=list)
+    """Layers, by index, that no stage narrows."""
     tokens_per_step: int = 524288
     """Tokens of one optimiser step over all ranks, the same in every stage of every arm."""
     micro_batch_tokens: int = 32768
     """Tokens that one device reads at a time; at least one sequence."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{f.name} is {getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) < 1
-        ]
+        tokens = ("short", "long", "chunk", "window", "tokens_per_step", "micro_batch_tokens")
+        problems = [f"{name} is {getattr(self, name)}" for name in tokens if getattr(self, name) < 1]
         if problems:
             raise ValueError(f"size: {', '.join(problems)}, expected at least 1 token")
+        if self.sink_tokens < 0:
+            raise ValueError(f"size: sink_tokens is {self.sink_tokens}, expected 0 or more tokens")
         if self.long < self.short:
             raise ValueError(f"size: long {self.long} is shorter than short {self.short}")
 
@@ -146,6 +154,10 @@ class StagePlan:
     """Tokens per sequence."""
     window: int | None
     """Limit on every layer's window; None: windows as in the checkpoint."""
+    sink_tokens: int
+    """Sinks of the full-attention layers that the window narrows; 0 where none is."""
+    full_attention_layers: tuple[int, ...]
+    """Layers that keep their window where there is one."""
     chunk: int
     budget: StageBudget
     sequences: int
@@ -156,11 +168,9 @@ class StagePlan:
 
     def network(self, imported: ModelSpec) -> ModelSpec:
         """The network's description in this stage. ``imported``: the same with the windows that the checkpoint gives it."""
-        config = self.config
-        spec = windowed(
-            imported, self.window, sink_tokens=config.sink_tokens, keep=frozenset(config.full_attention_layers)
-        )
-        return spec if config.updated_layers is None else spec.updating_only(frozenset(config.updated_layers))
+        spec = windowed(imported, self.window, sink_tokens=self.sink_tokens, keep=self.full_attention_layers)
+        updated = self.config.updated_layers
+        return spec if updated is None else spec.updating_only(frozenset(updated))
 
     @property
     def order(self) -> int:
@@ -194,10 +204,6 @@ def _plan_stage(
     index: int, name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int
 ) -> StagePlan:
     context = size.context(config.context)
-    if config.sink_tokens and config.mode != "none":
-        raise ValueError(
-            f"stage {name}: sink_tokens {config.sink_tokens} with mode {config.mode}: chunks carry no sinks, so they are for mode none"
-        )
     if config.mode in ("meta", "first_order"):
         if context % size.chunk:
             raise ValueError(
@@ -208,12 +214,15 @@ def _plan_stage(
                 f"stage {name}: context {context} is a single chunk, so nothing would be learnt while reading; lower size.chunk"
             )
     sequences, accumulate = _micro_batches(name, context, size, devices)
+    window, sinks, kept = _attention(name, config, size)
     return StagePlan(
         name=name,
         index=index,
         config=config,
         context=context,
-        window=_window(name, config, size),
+        window=window,
+        sink_tokens=sinks,
+        full_attention_layers=kept,
         chunk=size.chunk,
         budget=budget,
         sequences=sequences,
@@ -222,21 +231,18 @@ def _plan_stage(
     )
 
 
-def _window(name: str, config: StageConfig, size: SizeConfig) -> int | None:
+def _attention(name: str, config: StageConfig, size: SizeConfig) -> tuple[int | None, int, tuple[int, ...]]:
+    """Window, sinks and kept layers of a stage. A window that spans the context may have them: long contexts are validated with it."""
     if config.attention == "dense":
-        for setting, default in (("window_share", 1), ("sink_tokens", 0), ("full_attention_layers", [])):
+        for setting, default in (("window_share", 1), ("sink_tokens", None), ("full_attention_layers", None)):
             if (value := getattr(config, setting)) != default:
                 raise ValueError(
                     f"stage {name}: {setting} {value} has no effect with attention dense; remove one of them"
                 )
-        return None
-    window = max(1, round(config.window_share * size.window))
-    if (config.sink_tokens or config.full_attention_layers) and window >= size.context(config.context):
-        raise ValueError(
-            f"stage {name}: sink_tokens and full_attention_layers change nothing while the window of {window} tokens spans the context of "
-            f"{size.context(config.context)}; lower window_share"
-        )
-    return window
+        return None, 0, ()
+    sinks = size.sink_tokens if config.sink_tokens is None else config.sink_tokens
+    kept = size.full_attention_layers if config.full_attention_layers is None else config.full_attention_layers
+    return max(1, round(config.window_share * size.window)), sinks, tuple(kept)
 
 
 def _micro_batches(name: str, context: int, size: SizeConfig, devices: int) -> tuple[int, int]:

@@ -45,6 +45,7 @@ class LayerKind(NamedTuple):
     """False in the lowest TTT layer: its attention has run over the whole sequence."""
     kernel: CarriedKernel
     window: int | None
+    sink_tokens: int
     fast: FastWeights | None
     head_dim: int
     scale: float
@@ -84,6 +85,7 @@ def layer_kind(spec: ModelSpec, index: int, *, device: torch.device, dtype: torc
         with_attention=index > spec.suffix_start,
         kernel=choose_carried_kernel(device=device, dtype=dtype, head_dim=spec.head_dim, window=layer.window),
         window=layer.window,
+        sink_tokens=layer.sink_tokens,
         fast=layer.fast,
         head_dim=spec.head_dim,
         scale=spec.attention_scale,
@@ -151,6 +153,7 @@ def _mix(kind: LayerKind, q: Dual, k: Dual, v: Dual, given: LayerInput) -> tuple
             known=given.attended,
             scale=kind.scale,
             window=kind.window,
+            sink_tokens=kind.sink_tokens,
             kernel=kind.kernel,
         )
         return Dual(attended.output), attended
@@ -164,6 +167,7 @@ def _mix(kind: LayerKind, q: Dual, k: Dual, v: Dual, given: LayerInput) -> tuple
         (q.tangent, k.tangent, v.tangent),
         scale=kind.scale,
         window=kind.window,
+        sink_tokens=kind.sink_tokens,
         kernel=kind.kernel,
     )
     return Dual(output, tangent), given.attended

@@ -122,11 +122,11 @@ def _attention(
     out = []
     for i in range(len(x)):
         last = position + i
-        first = 0 if layer.window is None else max(0, last - layer.window + 1)
+        seen = [j for j in range(last + 1) if layer.window is None or j > last - layer.window or j < layer.sink_tokens]
         for head in range(spec.num_heads):
             kv = head // (spec.num_heads // spec.num_kv_heads)
-            scores = keys[first : last + 1, kv] @ q[i, head] * spec.attention_scale
-            out.append(torch.softmax(scores, dim=0) @ values[first : last + 1, kv])
+            scores = keys[seen, kv] @ q[i, head] * spec.attention_scale
+            out.append(torch.softmax(scores, dim=0) @ values[seen, kv])
     return torch.stack(out).view(len(x), -1) @ w["self_attn.o_proj.weight"].T
 
 

@@ -210,10 +210,12 @@ class Reading:
         )
         d_x = next(found)
         d_fast = {i: MLPWeights(*(next(found) for _ in weights)) for i, weights in leaves.items()}
-        for i, past in pasts:
-            stop = chunk.span.start
+        for i, _ in pasts:
+            sinks, near = self._past_spans(i, chunk)
             for total in carried[i]:
-                total[:, :, stop - past.keys.shape[2] : stop] += next(found)
+                gradient = next(found)
+                total[:, :, :sinks] += gradient[:, :, :sinks]
+                total[:, :, near] += gradient[:, :, sinks:]
         for (key, _), gradient in zip(learning, found, strict=True):
             sums.add(key, gradient)
         return d_x, d_fast
@@ -248,12 +250,18 @@ class Reading:
         return inputs
 
     def _past(self, index: int, chunk: Chunk) -> KeyValues | None:
-        """The carried keys and values that the chunk's first query still sees, and none that it does not."""
-        stop, window = chunk.span.start, self._kinds[index].window
-        start = 0 if window is None else max(0, stop - (window - 1))
-        if start == stop:
+        """The carried keys and values that the chunk's first query still sees, and none that it does not; sinks come first."""
+        sinks, near = self._past_spans(index, chunk)
+        if not sinks and near.start == near.stop:
             return None
-        return KeyValues(*(t[:, :, start:stop] for t in self._keys[index]))
+        pieces = ((t[:, :, :sinks], t[:, :, near]) for t in self._keys[index])
+        return KeyValues(*(torch.cat(both, dim=2) if sinks else both[1] for both in pieces))
+
+    def _past_spans(self, index: int, chunk: Chunk) -> tuple[int, slice]:
+        """The tokens whose keys are carried: so many sinks, and those of the window; all of the latter where no gap is between them."""
+        kind, stop = self._kinds[index], chunk.span.start
+        start = 0 if kind.window is None else max(0, stop - (kind.window - 1))
+        return (kind.sink_tokens, slice(start, stop)) if kind.sink_tokens < start else (0, slice(0, stop))
 
     def _remember(self, chunk: Chunk, results: dict[int, LayerResult], *, keep: bool) -> None:
         """Keys and values for later chunks; with ``keep`` also what spares the adjoint computation."""

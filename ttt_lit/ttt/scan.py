@@ -119,7 +119,7 @@ def read_whole(
 
 
 def check_chunks(length: int, chunk: int, decoder: Decoder) -> None:
-    """ValueError unless ``length`` tokens are whole chunks and the network has TTT layers and no attention sinks."""
+    """ValueError unless ``length`` tokens are whole chunks and the network has TTT layers."""
     if chunk < 1 or length % chunk:
         raise ValueError(
             f"sequence length {length} is not a multiple of the chunk of {chunk} tokens: choose a context that the chunk divides"
@@ -128,8 +128,6 @@ def check_chunks(length: int, chunk: int, decoder: Decoder) -> None:
         raise ValueError(
             "the model has no TTT layers, so there is nothing to update: set ttt.layers, or use mode none or static"
         )
-    if any(layer.sink_tokens for layer in decoder.spec.layers):
-        raise ValueError("chunks carry no attention sinks: set sink_tokens to 0, or use mode none or static")
 
 
 def _block(decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor], use_prime: bool) -> Tensor:

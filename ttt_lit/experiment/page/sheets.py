@@ -1,4 +1,4 @@
-"""The numbers as CSV: one row per run and stage, one per gate."""
+"""The numbers as CSV: one row per run and stage, one per gate, one per difference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ttt_lit.experiment.arm import ACCOUNTS as GPU_HOUR_ACCOUNTS
-from ttt_lit.experiment.comparison import reached_at_once, run_hours_to_target, target_loss
+from ttt_lit.experiment.comparison import Comparison, reached_at_once, run_hours_to_target, target_loss
 from ttt_lit.experiment.gates import CandidateGates, Gate
+from ttt_lit.experiment.page.differences import family_differences
 from ttt_lit.experiment.page.parts.runs import windows
 from ttt_lit.experiment.record import RunRecord, Stage
-from ttt_lit.experiment.study import read_study
+from ttt_lit.experiment.study import FamilyStudy, read_study
+from ttt_lit.experiment.two_by_two import cells, effects
 from ttt_lit.metrics import ACCOUNTS
 
 Value = str | float | int | None
@@ -27,6 +29,10 @@ RUN_HEADER = (
     "seconds_per_1k_tokens", "peak_memory_gib",
 )  # fmt: skip
 GATE_HEADER = ("family", "candidate", "judged", "gate", "account", "outcome", "numbers", "reasons")
+DIFFERENCE_HEADER = (
+    "family", "difference", "of", "minus", "nats", "low", "high", "blocks", "documents", "seeds", "ceiling_window", "ceiling_nats",
+    "ceiling_low", "ceiling_high", "share_of_ceiling", "usable", "reasons",
+)  # fmt: skip
 _NO_STAGE: tuple[None] = (None,)
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -50,6 +56,35 @@ def gates_csv(judged: Mapping[str, Sequence[CandidateGates]]) -> str:
     """Every number and reason of every gate; ``judged``: the candidates of every family."""
     gates = ((family, each, gate) for family, found in judged.items() for each in found for gate in each.gates)
     return _write(GATE_HEADER, (_gate_row(*row) for row in gates))
+
+
+def differences_csv(families: Iterable[FamilyStudy]) -> str:
+    """Every difference in loss that the page shows: arms to the family's references, and the 2 × 2."""
+    rows = (_difference_row(family.family, *each) for family in families for each in _differences(family))
+    return _write(DIFFERENCE_HEADER, rows)
+
+
+def _differences(family: FamilyStudy) -> Iterator[tuple[str, Comparison]]:
+    for differences in family_differences(family).values():
+        for role, each in differences.items():
+            if each is not None:
+                yield f"to {role}", each
+    for cell in cells(family):
+        yield "read with updates − read without", cell.gain
+    for pair in effects(family):
+        yield "trained and read with updates − trained and read without", pair.whole
+        yield "trained with updates − trained without, read with", pair.read_on
+        yield "trained with updates − trained without, read without", pair.read_off
+        yield "interaction", pair.interaction
+
+
+def _difference_row(family: str, name: str, each: Comparison) -> Iterator[Value]:
+    yield from (family, name, each.candidate, each.reference)
+    over, ceiling = each.interval, each.ceiling
+    yield from (over.estimate, over.low, over.high, over.blocks, over.documents, over.seeds) if over else (None,) * 6
+    yield from (ceiling.window, ceiling.nats, ceiling.low, ceiling.high) if ceiling else (None,) * 4
+    yield over.estimate / ceiling.nats if over and ceiling and ceiling.nats > 0 else None
+    yield from (str(over is not None and not each.reasons).lower(), "; ".join(each.reasons))
 
 
 def _run_row(record: RunRecord, stage: Stage | None, target: float | None) -> Iterator[Value]:

@@ -12,7 +12,7 @@ from ttt_lit.experiment.page.blocks import Picture
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.html import html_page
 from ttt_lit.experiment.page.markdown import markdown_page
-from ttt_lit.experiment.page.sheets import gates_csv, runs_csv
+from ttt_lit.experiment.page.sheets import differences_csv, gates_csv, runs_csv
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.study import read_study
 
@@ -20,9 +20,10 @@ FIGURES = "figures"
 
 
 def write_report(records: Sequence[RunRecord], folder: Path, *, command: str, unreadable: Sequence[str] = ()) -> Path:
-    """Write ``report.html``, ``report.md``, ``runs.csv``, ``gates.csv`` and ``figures/*.png`` and ``.svg``; returns the HTML page.
+    """Write ``report.html``, ``report.md``, ``runs.csv``, ``gates.csv``, ``differences.csv`` and ``figures/*.png`` and ``.svg``.
 
-    The same records and the same command give the same bytes. Figures of an earlier report in the folder are replaced, not removed.
+    Returns the HTML page. The same records and the same command give the same bytes. Figures of an earlier report in the folder are
+    replaced, not removed.
 
     Parameters:
         records: runs in any order.
@@ -39,6 +40,7 @@ def write_report(records: Sequence[RunRecord], folder: Path, *, command: str, un
     _write(folder / "report.md", markdown_page(page, figures=FIGURES))
     _write(folder / "runs.csv", runs_csv(ordered))
     _write(folder / "gates.csv", gates_csv(judged))
+    _write(folder / "differences.csv", differences_csv(study.families.values()))
     return _write(folder / "report.html", html_page(page, drawings))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ttt_lit.experiment.comparison import Differences, compare_all
-from ttt_lit.experiment.formats import NONE
+from ttt_lit.experiment.formats import NONE, loss
 from ttt_lit.experiment.gates import CandidateGates, judge_candidates
 from ttt_lit.experiment.measured import ACCOUNT_WORDS, NOT_PROVED, budgets, difference_words, measured
 from ttt_lit.experiment.own_part import ceiling_sentence
@@ -13,6 +13,7 @@ from ttt_lit.experiment.recommendation import recommend_scaling, shorten_failure
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.experiment.report.table import Table
 from ttt_lit.experiment.study import FamilyStudy, read_study
+from ttt_lit.experiment.two_by_two import cells, effects
 from ttt_lit.experiment.unfinished import marked
 from ttt_lit.experiment.verdict import Gate
 
@@ -36,7 +37,7 @@ def _family(family: FamilyStudy) -> str:
     if judged:
         lines.append(f"  What the gate can tell: {ceiling_sentence(family)}")
     lines += [f"  Why: {advice.why}", f"  What would change it: {advice.would_change}"]
-    tables = (_budgets(family, judged, differences), _gates(family, judged))
+    tables = (_budgets(family, judged, differences), _updates(family), _pairs(family), _gates(family, judged))
     return "\n\n".join(
         ["\n".join(lines), *(table.text() for table in tables if table.rows), *reason_lines(family, judged)]
     )
@@ -57,6 +58,33 @@ def _budgets(family: FamilyStudy, judged: Sequence[CandidateGates], differences:
     return Table(
         title=f"Wall-clock budgets of {family.family} (nats per token)",
         header=("run", *shares, "loss", "Δ baseline, 95% interval", "evidence"),
+        rows=rows,
+    )
+
+
+def _updates(family: FamilyStudy) -> Table:
+    rows = tuple(
+        (
+            marked(each.arm.name, each.arm.records),
+            each.trained,
+            loss(each.off),
+            loss(each.on),
+            difference_words(each.gain) or NONE,
+        )
+        for each in cells(family)
+    )
+    header = ("arm", "trained with updates?", "read without", "read with", "on − off")
+    return Table(title=f"Inner updates of {family.family} (nats per token)", header=header, rows=rows)
+
+
+def _pairs(family: FamilyStudy) -> Table:
+    rows = tuple(
+        (f"{pair.arm.name} − {pair.control.name}", *(difference_words(each) or NONE for each in pair.comparisons))
+        for pair in effects(family)
+    )
+    return Table(
+        title=f"Trained with − trained without updates, {family.family} (nats per token)",
+        header=("arms", "with both − without both", "read with", "read without", "interaction"),
         rows=rows,
     )
 

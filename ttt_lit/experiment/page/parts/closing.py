@@ -149,6 +149,12 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
             "behind a difference: it may not be used as evidence, for reasons that stand under Flags and problems."
         ),
         Paragraph(
+            text="Ceiling. What the imported model loses when it is given only the last tokens, a window of them, on the same held-out "
+            "data: as much as a memory of what lies further back would win that is as good as its own full attention. A difference that is "
+            "a small share of it is a small part of what there is to remember; one beyond 100% is not remembering alone. It is measured "
+            "before any training, so a trained model may make somewhat more of a long context."
+        ),
+        Paragraph(
             text="Insufficient evidence. Where a gate judges a difference, it passes or fails only if the whole interval lies on one side "
             f"of its limit (for the loss {MAX_DELTA:g} nats per token). The one exception is stable convergence, which asks whether the "
             "training loss rises over the last third of stage C: after convergence it is flat, and the interval of its change lies on "

@@ -37,8 +37,9 @@ def two_by_two(family: FamilyStudy) -> list[Block]:
                 rows=tuple(_effects_row(each) for each in pairs),
             )
         )  # fmt: skip
-    comparisons = [each.gain for each in every] + [p for each in pairs for p in (each.whole, each.read_on)]
-    gaps = [*missing(family), *(f"{NOT_USABLE} {reason}" for each in comparisons for reason in each.reasons)]
+    differences = [each.gain for each in every] + [each for pair in pairs for each in pair.comparisons]
+    used = [each for each in differences if each.interval is not None]
+    gaps = [*missing(family, every), *(f"{NOT_USABLE} {reason}" for each in used for reason in each.reasons)]
     if gaps:
         blocks += [Paragraph(text="Missing, or no evidence:"), Listing(items=tuple(dict.fromkeys(gaps)))]
     return blocks
@@ -50,8 +51,7 @@ def _cells_row(each: Cells) -> tuple[Cell, ...]:
 
 
 def _effects_row(each: Effects) -> tuple[Cell, ...]:
-    differences = (each.whole, each.read_on, each.read_off, each.interaction)
-    return each.arm.name, each.control.name, *map(difference_lines, differences)
+    return each.arm.name, each.control.name, *map(difference_lines, each.comparisons)
 
 
 def damage_table(family: FamilyStudy) -> list[Block]:
