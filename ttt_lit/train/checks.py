@@ -144,7 +144,8 @@ def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], 
             f"data.long: {data.folders['long']} is {long.layout} with context {long.context}, expected per_document with context "
             f"{size.long} (size.long), so that no block crosses a document; prepare it so"
         )
-    if any(plan.config.context == "short" for plan in plans):
+    # Where no stage reads them, damage is measured on them.
+    if any(plan.config.context == "short" for plan in plans) or data.folders["short"] is not None:
         short = data.manifest("short")
         if short.context < size.short:
             raise ValueError(

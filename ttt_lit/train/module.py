@@ -110,7 +110,7 @@ class TTTModule(L.LightningModule):
         used = self.plans if stage == "fit" else (self.plans[self.validate_stage],)
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
-        damaged = self.damage_contexts if self.start.origin.checkpoint is not None else ()
+        damaged = self.damage_contexts if stage == "fit" and self.start.origin.checkpoint is not None else ()
         check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
         self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
