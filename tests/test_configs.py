@@ -134,8 +134,10 @@ def test_every_cell_of_an_ablation_trains_something_of_its_own(name, tmp_path):
         plans = plan_stages(module.stages, module.size, module.budget, devices=1)
         shape = json.loads((ROOT / SHAPES[planned.experiment[0]]).read_text())
         imported = family_of_config(shape).spec_from_config(shape)
+        settings = ("mode", "carry", "lr", "new_lr", "teacher_kl")
         trained = [
-            (p.network(imported).layers, p.config.mode, p.context, p.budget, p.config.carry, p.config.lr) for p in plans
+            (p.network(imported).layers, p.context, p.budget, *(getattr(p.config, name) for name in settings))
+            for p in plans
         ]
         key = repr(
             (trained, module.start_config, module.ttt, module.budget, planned.experiment[0], module.validation.headline)

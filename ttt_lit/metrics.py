@@ -17,6 +17,7 @@ Account = Literal["compute", "validation", "checkpoint", "compile"]
 ACCOUNTS: Final[tuple[Account, ...]] = ("compute", "validation", "checkpoint", "compile")
 
 TRAIN_LOSS: Final = "train/loss_nats_per_token"
+TEACHER_KL: Final = "train/teacher_kl_nats_per_token"
 GRAD_NORM: Final = "train/outer_grad_norm"
 INNER_UPDATE_NORM: Final = "inner/update_norm"
 LEARNING_RATE: Final = "optim/lr"
@@ -34,6 +35,7 @@ FINAL_GPU_HOURS: Final = "final/gpu_hours"
 
 UNITS: Final[dict[str, str]] = {
     TRAIN_LOSS: "nats per token",
+    TEACHER_KL: "KL(teacher ‖ model) in nats per token, before its weight",
     GRAD_NORM: "global L2 norm of the outer gradient before clipping",
     INNER_UPDATE_NORM: "L2 norm of the fast weights' change per chunk, mean over sequences and chunks",
     LEARNING_RATE: "outer learning rate",

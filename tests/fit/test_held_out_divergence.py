@@ -48,8 +48,8 @@ class BreaksReading(L.Callback):
     def setup(self, trainer, module, stage):
         read = module.read
 
-        def broken(tokens, *, mode, inner_lr):
-            out = read(tokens, mode=mode, inner_lr=inner_lr)
+        def broken(tokens, *, mode, **rest):
+            out = read(tokens, mode=mode, **rest)
             if module.entered >= 0 and module.plan.name == self.stage and mode == "meta" and not out.loss.requires_grad:
                 out.token_nll[:, tiny.SHORT :] = self.value
             return out

@@ -32,6 +32,7 @@ PARTS = (
         "parameters",
         "gradients",
         "AdamW's moments",
+        "teacher",
         "gathered parameters",
         "fast weights",
         "cotangents of fast weights",
@@ -65,14 +66,18 @@ class StageMemory:
         return sum(self.parts.values())
 
 
-def stage_memory(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> StageMemory:
-    """``spec``: the network with the stage's window."""
+def stage_memory(
+    spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting, *, teacher: ModelSpec | None = None
+) -> StageMemory:
+    """``spec``: the network with the stage's window; ``teacher``: the stage's, if it has one."""
     mode, shapes = plan.config.mode, spec.parameter_shapes()
     parameters = _MASTER * spec.num_parameters() / setting.devices
     learnt = _MASTER * sum(math.prod(shape) for name, shape in shapes.items() if learns(name, mode))
     parts = {"parameters": parameters, "gradients": learnt / setting.devices, "AdamW's moments": 2 * parameters}
+    if teacher is not None:
+        parts["teacher"] = _teacher(teacher, setting)
     whole = _gathered(spec) if setting.devices > 1 else 0.0
-    stored, live = _micro_batch(spec, plan, engine, setting)
+    stored, live = _micro_batch(spec, plan, engine, setting, teacher)
     # Without shards the rehearsal makes the gradients; with shards it makes whole ones, beside those that a device keeps.
     rest = live if setting.devices > 1 else live - parts["gradients"]
     temporary = _adamw_temporaries(spec, learnt, setting)
@@ -95,7 +100,15 @@ def all_products(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
     return _kept_products(spec, plan, everything, setting)
 
 
-def _micro_batch(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> tuple[float, float]:
+def _teacher(teacher: ModelSpec, setting: Setting) -> float:
+    """Bytes of its weights in compute precision: a shard, and what is whole during a step."""
+    own = setting.number_bytes * teacher.num_parameters() / setting.devices
+    return own + (_gathered(teacher) * setting.number_bytes / _MASTER if setting.devices > 1 else 0.0)
+
+
+def _micro_batch(
+    spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting, teacher: ModelSpec | None
+) -> tuple[float, float]:
     """At the peak of a micro-batch: bytes of fast weights, and everything else beside parameters and optimiser."""
     batch = MicroBatch(
         sequences=plan.sequences,
@@ -107,6 +120,7 @@ def _micro_batch(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting
         on_cpu=setting.on_cpu,
         gradients_exist=plan.accumulate > 1,
         sharded=setting.devices > 1,
+        teacher=teacher,
     )
     if not batch.updates:
         return 0.0, _rehearsed(spec, batch).peak

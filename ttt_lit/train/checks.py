@@ -13,6 +13,7 @@ from ttt_lit.train.optim import group_of, learns
 from ttt_lit.train.requests import held_out_request
 from ttt_lit.train.stages import Context, SizeConfig, StagePlan
 from ttt_lit.train.start import Start, StartConfig
+from ttt_lit.train.teacher import check_teacher
 from ttt_lit.ttt.inner import InnerLoop
 
 # The ledger counts before anyone reads it; a stage is entered before it is watched; a record is complete before it is saved.
@@ -78,6 +79,13 @@ def check_stages(
             raise ValueError(
                 f"stage {plan.name}: updated_layers: got {updated}, expected some of the run's TTT layers {list(start.spec.ttt_layers)}"
             )
+        if plan.config.teacher_kl:
+            if config.init == "scratch":
+                raise ValueError(
+                    f"stage {plan.name}: teacher_kl {plan.config.teacher_kl:g}: a run from random weights has no imported model to learn "
+                    "from; set teacher_kl: 0"
+                )
+            check_teacher(start.origin)
         if plan.config.new_lr is not None:
             _check_new_lr(plan, start, config)
         if mode != "none" and not start.spec.ttt_layers:
@@ -136,7 +144,8 @@ def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], 
             f"data.long: {data.folders['long']} is {long.layout} with context {long.context}, expected per_document with context "
             f"{size.long} (size.long), so that no block crosses a document; prepare it so"
         )
-    if any(plan.config.context == "short" for plan in plans):
+    # Where no stage reads them, damage is measured on them.
+    if any(plan.config.context == "short" for plan in plans) or data.folders["short"] is not None:
         short = data.manifest("short")
         if short.context < size.short:
             raise ValueError(

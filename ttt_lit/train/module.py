@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from ttt_lit.convert.fast_mlp import TTTConfig
@@ -32,17 +31,18 @@ from ttt_lit.train.evaluation import (
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, load_moments, set_lr
-from ttt_lit.train.parallel import fill, reshard, shard
+from ttt_lit.train.parallel import data_mesh, fill, reshard, shard
 from ttt_lit.train.position import block_ids
 from ttt_lit.train.requests import held_out_request, training_request
 from ttt_lit.train.run_config import RunConfig
 from ttt_lit.train.stage_flops import stage_flops
 from ttt_lit.train.stages import Context, SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
+from ttt_lit.train.teacher import Teacher, make_teacher
 from ttt_lit.train.window import StepReport, StepWindow
 from ttt_lit.ttt.inner import InnerLoop
 from ttt_lit.ttt.model import TTTModel
-from ttt_lit.ttt.scan import SequenceLoss
+from ttt_lit.ttt.scan import SequenceLoss, Teaching
 from ttt_lit.ttt.settings import EngineConfig
 
 
@@ -94,6 +94,8 @@ class TTTModule(L.LightningModule):
         """What the run has seen so far; saved with the run."""
         self._start: Start | None = None
         self._model: TTTModel | None = None
+        self._teacher: list[Teacher] = []
+        """Of the stage, at most one; in a list, which torch does not search for modules: it is neither trained nor saved."""
         self._ledger_state: dict[str, Any] | None = None
 
     # Assembly -----------------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class TTTModule(L.LightningModule):
         used = self.plans if stage == "fit" else (self.plans[self.validate_stage],)
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
-        damaged = self.damage_contexts if self.start.origin.checkpoint is not None else ()
+        damaged = self.damage_contexts if stage == "fit" and self.start.origin.checkpoint is not None else ()
         check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
         self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
@@ -124,11 +126,10 @@ class TTTModule(L.LightningModule):
             return
         with torch.device("meta"):
             model = TTTModel(Decoder(self.start.spec), self.engine)
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            check_strategy(self.trainer)
-            assert self.device_mesh is not None
-            shard(model, self.device_mesh["data_parallel"])
+        check_strategy(self.trainer)
+        mesh = data_mesh(self)
+        if mesh is not None:
+            shard(model, mesh)
         model.to_empty(device=self.trainer.strategy.root_device)
         fill(model.decoder, self.start.state)
         self._start = dataclasses.replace(self.start, state={})  # random weights would stay in memory a second time
@@ -177,6 +178,11 @@ class TTTModule(L.LightningModule):
         self.model.decoder.set_spec(self.stage_spec(plan))
         self.trainer.accumulate_grad_batches = plan.accumulate
         self.entered = index
+        if not plan.config.teacher_kl:
+            self._teacher = []
+        elif not self._teacher and self.trainer.state.fn == "fit":
+            origin, mesh = self.start.origin, data_mesh(self)
+            self._teacher = [make_teacher(origin, self.trainer, mesh, compiled=self.engine.compile)]
 
     @property
     def at_boundary(self) -> bool:
@@ -201,7 +207,9 @@ class TTTModule(L.LightningModule):
     def flop_per_token(self) -> float:
         """Analytic training FLOPs per token of the current stage, under the engine's policy."""
         plan = self.plan
-        return stage_flops(self.stage_spec(plan), plan, self.engine, precision=self.trainer.precision).total
+        teacher = self.start.origin.spec if plan.config.teacher_kl else None
+        precision = self.trainer.precision
+        return stage_flops(self.stage_spec(plan), plan, self.engine, precision=precision, teacher=teacher).total
 
     # Data ---------------------------------------------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class TTTModule(L.LightningModule):
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
-    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
+    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float, teacher: Teaching | None = None) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
         out: SequenceLoss = self.model(
             tokens,
@@ -236,6 +244,7 @@ class TTTModule(L.LightningModule):
             inner_lr=inner_lr,
             clip=self.inner.clip,
             rule=self.inner.rule,
+            teacher=teacher,
         )
         if not torch.is_grad_enabled():
             reshard(self.model)
@@ -254,10 +263,13 @@ class TTTModule(L.LightningModule):
         set_lr(optimizer, self.rates)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        out = self.read(batch["tokens"], mode=self.plan.config.mode, inner_lr=self.inner_lr)
-        num_bytes = target_bytes(batch["tokens"], self._tables[self.plan.config.context]).sum()
-        self.window.add(out.token_nll, out.update_norms, num_bytes)
-        return out.loss
+        config, tokens = self.plan.config, batch["tokens"]
+        teacher = self._teacher[0](tokens) if self._teacher else None
+        out = self.read(tokens, mode=config.mode, inner_lr=self.inner_lr, teacher=teacher)
+        self.window.add(out, target_bytes(tokens, self._tables[config.context]).sum())
+        return (
+            out.loss if out.token_kl is None else out.loss + config.teacher_kl * out.token_kl.mean(dtype=torch.float64)
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.window.grad_norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
