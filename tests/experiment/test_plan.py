@@ -18,6 +18,7 @@ from ttt_lit.experiment.recommend import Stage, recommended
 from ttt_lit.experiment.rehearsal import MicroBatch, rehearse
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.flops import training_flops
+from ttt_lit.model.spec import LayerSpec
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients
 from ttt_lit.train.teacher import Teacher
 from ttt_lit.ttt.scan import sequence_loss
@@ -146,7 +147,7 @@ def test_half_precision_takes_the_memory_of_a_real_step():
 @pytest.mark.parametrize("half", [False, True])
 def test_a_teacher_takes_the_memory_of_a_real_step(half):
     spec, plan = stage("B1", FEWER)
-    bare = tuple(dataclasses.replace(layer, window=None, prime=None, fast=None) for layer in spec.layers)
+    bare = tuple(LayerSpec(rope_base=layer.rope_base) for layer in spec.layers)
     teacher, setting = spec.with_layers(bare), dataclasses.replace(CPU, half=half)
     predicted = stage_memory(spec, plan, EngineConfig(), setting, teacher=teacher)
     assert predicted.parts["teacher"] == (2 if half else 4) * teacher.num_parameters()
