@@ -1,8 +1,8 @@
-"""Next-token loss, and divergence from a teacher, from hidden states: logits exist for one tile of tokens × vocabulary at a time.
+"""Next-token loss from hidden states: logits exist for one tile of tokens × vocabulary at a time.
 
-``linear_nll`` and ``nll_and_kl`` are registered operators that save log-sum-exps alone; their backward makes the logits again. Where the
-loss ends a computation and its cotangents are known beforehand, ``nll_with_gradient`` and ``nll_adjoint`` give loss and derivatives
-directly. ``token_nll`` and ``token_kl`` are the plain twins.
+``linear_nll`` is a registered operator that saves the log-sum-exp alone; its backward makes the logits again. Where the loss ends a
+computation and its cotangents are known beforehand, ``nll_with_gradient`` and ``nll_adjoint`` give loss and derivatives directly.
+``token_nll`` is the plain twin.
 """
 
 from __future__ import annotations
