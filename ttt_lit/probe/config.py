@@ -65,8 +65,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_precision(device: torch.device) -> Precision:
-    """bf16-mixed where the hardware multiplies bfloat16 faster: CUDA, and CPUs with matrix tiles. Over tens of thousands of tokens the mean
-    moves by about 0.0001 nats (docs/probe.md)."""
+    """bf16-mixed where the hardware multiplies bfloat16 faster: CUDA, and CPUs with matrix tiles. docs/probe.md says how exact that is."""
     fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
     return "bf16-mixed" if fast else "32-true"
 
