@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONTEXT, write_checkpoint
 from helpers.tiny import tiny_spec, ttt_layer
+from probe_world import CONTEXT, write_checkpoint
 
 import cli
 from ttt_lit.checkpoint.store import load_checkpoint
