@@ -75,10 +75,16 @@ def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cli.py export", description=_export.__doc__)
     parser.add_argument("--checkpoint", required=True, help="folder of a dense or windowed checkpoint of ours")
     parser.add_argument("--output", required=True, help="folder to make; must not exist")
+    parser.add_argument(
+        "--engine",
+        choices=("any", "transformers"),
+        default="any",
+        help="who has to run it: transformers and vLLM's own class (default), or transformers alone",
+    )
     given = parser.parse_args(arguments)
     from ttt_lit.checkpoint.export import export_checkpoint
 
-    print(f"written to {export_checkpoint(given.checkpoint, given.output)}")
+    print(f"written to {export_checkpoint(given.checkpoint, given.output, engine=given.engine)}")
     return 0
 
 
@@ -86,6 +92,7 @@ def _prepare(arguments: list[str]) -> int:
     """Text → tokens → LitData shards with a manifest."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    from ttt_lit.data.corpus import left_out
     from ttt_lit.data.prepare import PrepareConfig, prepare
     from ttt_lit.strict_yaml import check_config_files
 
@@ -105,6 +112,9 @@ def _prepare(arguments: list[str]) -> int:
     sides = (f"{entry.documents} {name} documents with {entry.tokens} tokens" for name, entry in entries)
     note = " (prepared before with these settings: the source was not read again; delete the folder to renew it)"
     print(f"{config.output}: {', '.join(sides)}{note if known else ''}")
+    if not known and (names := left_out(config.source)):
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        print(f"note: not read, because of their endings: {shown}")
     return 0
 
 

@@ -22,6 +22,7 @@ from ttt_lit.ops.attention import kernels_that_ran
 from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import parents
+from ttt_lit.train.position import bucket_means, position_buckets
 from ttt_lit.train.stages import StagePlan
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "litdata", "safetensors", "numpy")
@@ -118,6 +119,7 @@ class RunRecorder(L.Callback):
             environment=_environment(trainer),
             git=_git(),
             start_validation=_validation(begun) if (begun := module.history.start_validation) is not None else None,
+            imported=[_imported(module, context, curve) for context, curve in module.history.imported.items()],
             stages=[self._stage(module, plan) for plan in module.plans],
             evaluations=[schema.EvaluationPoint(**point) for point in module.history.evaluations],
             totals=_spent(module.ledger.total()),
@@ -152,6 +154,7 @@ class RunRecorder(L.Callback):
             stage.train_loss_last_tenth = sum(last) / len(last)
             stage.train_losses, stage.train_gpu_seconds = list(seen.losses), list(seen.gpu_seconds)
         stage.validations = [_validation(entry) for entry in seen.validations]
+        stage.damage = [schema.Damage(**entry) for entry in seen.damage]
         if seen.norm_range:
             by_chunk = seen.update_norm_by_chunk
             low, high, last_norm = seen.norm_range
@@ -221,8 +224,22 @@ def _validation(entry: dict[str, Any]) -> schema.Validation:
     return schema.Validation(**entry | {"buckets": buckets, "documents": documents})
 
 
+def _imported(module: TTTModule, context: str, curve: list[float]) -> schema.Imported:
+    blocks, ranges = module.validation.damage_blocks, position_buckets(len(curve))
+    means = bucket_means(torch.tensor(curve, dtype=torch.float64), ranges)
+    return schema.Imported(
+        context="short" if context == "short" else "long",
+        blocks=blocks,
+        tokens=blocks * len(curve),
+        nats_per_token=sum(curve) / len(curve),
+        buckets=[
+            schema.Bucket(start=a, stop=b, nats_per_token=mean) for (a, b), mean in zip(ranges, means, strict=True)
+        ],
+    )
+
+
 def _data(module: TTTModule) -> schema.Data:
-    reads_short = any(plan.config.context == "short" for plan in module.plans)
+    reads_short = any(plan.config.context == "short" for plan in module.plans) or "short" in module.history.imported
     return schema.Data(
         tokenizer=module.start.origin.tokenizer_hash,
         short=module.datamodule.identity("short") if reads_short else None,

@@ -88,6 +88,8 @@ class StageCheckpoint(L.Callback, ResumeWriter):
                     # What the weights have cost so far: a run that starts from them counts its parents.
                     "gpu_seconds": round(total.seconds["compute"], 3),
                     "tokens": total.tokens,
+                    # An export claims at least as many positions.
+                    "context": max(plan.context for plan in module.plans[: module.entered + 1]),
                     # The checkpoint's windows are the stage's; a run that starts from it derives its own stages from these.
                     "imported_windows": [layer.window for layer in module.start.spec.layers],
                 },
@@ -101,6 +103,7 @@ class StageCheckpoint(L.Callback, ResumeWriter):
                 receipt=module.start.receipt,
                 lineage=(*origin.lineage, step),
                 source_config=origin.source_config,
+                generation_config=origin.generation_config,
                 tokenizer=origin.tokenizer,
             )
             if moments:

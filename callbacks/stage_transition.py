@@ -41,8 +41,7 @@ class StageTransition(L.Callback):
         for when, loss in (("before", proof.before), *(() if proof.preserves else (("after", proof.after),))):
             what = f"loss of a fixed batch {when} the transition into stage {plan.name}"
             stop_unless_finite(trainer, module, what, context=plan.context, losses={"off": loss})
-        kind = "unchanged" if proof.preserves else "not function-preserving"
-        text = f"stage {plan.name}: loss on a fixed batch {proof.before:.6f} before, {proof.after:.6f} after ({kind}, {proof.jump:+.2e})"
+        text = f"stage {plan.name}: {proof.describe(plan.context)}"
         if not proof.holds:
             raise RuntimeError(f"{text}; a conversion that preserves the function must agree to {proof.tolerance}")
         if trainer.is_global_zero:

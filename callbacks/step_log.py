@@ -63,6 +63,8 @@ class StepLog(L.Callback):
             "stage": float(module.entered),
         }
         values |= {metrics.learning_rate(name): rate for name, rate in report.rates.items()}
+        if report.teacher_kl is not None:
+            values[metrics.TEACHER_KL] = report.teacher_kl
         if report.update_norms:
             values[metrics.INNER_UPDATE_NORM] = sum(report.update_norms) / len(report.update_norms)
             values[metrics.INNER_LEARNING_RATE] = report.inner_lr

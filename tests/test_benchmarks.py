@@ -12,7 +12,18 @@ from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
 from ttt_lit.model.spec import LayerSpec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY = ["--set", "hidden=16", "mlp=24", "layers=4", "heads=4", "kv_heads=2", "vocab=40", "window=12", "chunk=8"]
+TINY = [
+    "--set",
+    "hidden=16",
+    "mlp=24",
+    "layers=4",
+    "heads=4",
+    "kv_heads=2",
+    "vocab=40",
+    "window=12",
+    "sinks=2",
+    "chunk=8",
+]
 ONCE = [*TINY, "--context", "16", "--rounds", "1"]
 ARMS = ["dense", "swa", "naive", "naive_recompute", "engine:recompute", "engine:equal_memory", "engine:keep"]
 
@@ -56,12 +67,39 @@ def test_every_arm_is_measured_and_every_exact_arm_compared(meta_step, tmp_path,
     assert all(f"| {name} " in text for name in arms)
 
 
-@pytest.mark.parametrize("arms", [["dense"], ["naive", "engine"]])
+def test_transformers_is_timed_beside_the_dense_step_only_where_it_agrees(meta_step, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    run = [*ONCE, "--arms", "dense", "transformers", "--json", str(file)]
+    assert meta_step.main(run) == 0
+    dense, theirs = json.loads(file.read_text())["contexts"][0]["arms"]
+    assert theirs["compared_with"] == "dense"
+    assert theirs["gradient_error"] < 1e-4
+    assert dense["flops_per_token"] - theirs["flops_per_token"] == 2 * 16 * 40  # the logits that ours makes again
+    assert "Compared with dense, every gradient agrees to" in capsys.readouterr().out
+    bench = importlib.import_module("step.bench")
+    right = bench.transformers_loss
+    monkeypatch.setattr(bench, "transformers_loss", lambda *arguments: 1.1 * right(*arguments))
+    assert meta_step.main(run) == 1
+    assert "transformers and dense disagree" in capsys.readouterr().err
+
+
+def test_sinks_stand_beside_the_same_arm_without_and_are_compared_with_their_own_kind(meta_step, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    arms = ["dense", "swa", "swa_sinks", "engine:keep", "engine_sinks:keep", "engine_sinks:factors"]
+    assert meta_step.main([*ONCE, "--arms", *arms, "--json", str(file)]) == 0
+    (found,) = json.loads(file.read_text())["contexts"]
+    assert list(found["sinks"]) == ["swa_sinks", "engine_sinks:keep"]
+    assert all(1 < price["flops_ratio"] < 1.1 and price["time_ratio"] > 0 for price in found["sinks"].values())
+    errors = {arm["name"]: arm["gradient_error"] for arm in found["arms"]}
+    assert errors["engine_sinks:factors"] < 1e-4
+    assert errors["engine:keep"] is errors["engine_sinks:keep"] is None
+    assert "engine_sinks:keep: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arms", [["first_order:keep"], ["naive", "engine"]])
 def test_a_wrong_attention_is_not_timed(meta_step, naive_step, monkeypatch, tmp_path, capsys, arms):
     right = naive_step.attention
-    monkeypatch.setattr(
-        naive_step, "attention", lambda *qkv, scale, window: right(*qkv, scale=1.1 * scale, window=window)
-    )
+    monkeypatch.setattr(naive_step, "attention", lambda *qkv, scale, **reach: right(*qkv, scale=1.1 * scale, **reach))
     assert meta_step.main([*ONCE, "--arms", *arms, "--json", str(tmp_path / "out.json")]) == 1
     assert "disagree" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -81,7 +119,14 @@ def test_an_arm_that_does_not_fit_is_left_out(meta_step, monkeypatch, tmp_path):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("clip", [0.0, 0.3, 1e6])
 def test_the_naive_step_has_the_gradients_of_the_engine(naive_step, recompute, clip):
-    layers = [LayerSpec(window=3), LayerSpec(), ttt_layer(window=5), LayerSpec(window=6), ttt_layer(window=1)]
+    layers = [
+        LayerSpec(window=3, sink_tokens=2),
+        LayerSpec(),
+        ttt_layer(window=5),
+        LayerSpec(window=6),
+        ttt_layer(window=1),
+    ]
+    layers += [LayerSpec(window=4, sink_tokens=2), LayerSpec(window=1, sink_tokens=5)]
     decoder = random_decoder(tiny_spec(*layers, qk_norm=True, qkv_bias=True, tied_head=False, post_norms=True))
     tokens = random_tokens(2, 21)
     scan(decoder, tokens, clip=clip).loss.backward()
@@ -104,7 +149,7 @@ def test_the_search_finds_the_most_that_fits(policies, target, most):
         ("swa:fill", "swa accepts no policy except recompute"),
         ("naive:keep", "naive takes no policy"),
         ("engine:all", "except recompute, keep, factors, two_level, offload, equal_memory, fill"),
-        ("sparse", "expected KIND or KIND:POLICY with KIND one of dense, swa, "),
+        ("sparse", "expected KIND or KIND:POLICY with KIND one of dense, transformers, "),
     ],
 )
 def test_an_unknown_arm_is_told_what_its_kind_accepts(meta_step, arm, says):

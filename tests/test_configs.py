@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import get_args
@@ -133,13 +134,80 @@ def test_every_cell_of_an_ablation_trains_something_of_its_own(name, tmp_path):
         plans = plan_stages(module.stages, module.size, module.budget, devices=1)
         shape = json.loads((ROOT / SHAPES[planned.experiment[0]]).read_text())
         imported = family_of_config(shape).spec_from_config(shape)
+        settings = ("mode", "carry", "lr", "new_lr", "teacher_kl")
         trained = [
-            (p.network(imported).layers, p.config.mode, p.context, p.budget, p.config.carry, p.config.lr) for p in plans
+            (p.network(imported).layers, p.context, p.budget, *(getattr(p.config, name) for name in settings))
+            for p in plans
         ]
         key = repr(
             (trained, module.start_config, module.ttt, module.budget, planned.experiment[0], module.validation.headline)
         )
         assert seen.setdefault(key, planned.name) == planned.name
+
+
+def planned_runs(name):
+    return expand(read_matrix(ROOT / "configs/matrix" / f"{name}.yaml"), configs=str(ROOT / "configs"))
+
+
+def setting(planned, name):
+    """The last value that a run's arguments give to a setting."""
+    pairs = dict(itertools.pairwise(planned.arguments))
+    return pairs.get(f"--{name}")
+
+
+def test_the_study_at_the_smaller_window_is_the_seeds_own_and_pays_for_nothing_twice():
+    """Every run has its twin in qwen.yaml, which differs in the window alone; what it leaves out are runs that have no window."""
+    own, small = planned_runs("qwen"), planned_runs("qwen_window_2k")
+    assert {setting(run, "model.size.window") for run in small} == {"2048"}
+
+    def without_window(run):
+        text = " ".join(run.arguments).replace(" --model.size.window 2048", "").replace("window_2k", "full")
+        return run.experiment, run.gpu_hours and run.gpu_hours.share, text
+
+    left_out = {without_window(run) for run in own} - {without_window(run) for run in small}
+    assert {without_window(run) for run in small} <= {without_window(run) for run in own}
+    assert {run[0] for run in left_out} == {"q_fa_import", "q_fa_scratch"}
+    for arm in ("q_fa_import", "q_fa_scratch"):
+        stages = assembled(f"configs/{arm}.yaml", *DEMO["q"]).module.stages.enabled()
+        assert {stage.attention for stage in stages.values()} == {"dense"}
+
+
+@pytest.mark.parametrize(
+    "study, control",
+    [("qwen", "q_ttt_at_evaluation"), ("qwen_window_2k", "q_ttt_at_evaluation"), ("gemma", "g_fa_import")],
+)
+def test_every_candidate_of_a_study_has_a_control_without_memory_at_every_seed(study, control):
+    """The same start, the same attention in the last stage, the same tokens, no update in training: what TTT's own part is held against."""
+    runs = [run for run in planned_runs(study) if run.gpu_hours is None]
+    seeds = {arm: {setting(run, "model.start.seed") for run in runs if run.experiment == arm} for arm in ARMS}
+    shape = json.loads((ROOT / SHAPES[control[0]]).read_text())
+    imported = family_of_config(shape).spec_from_config(shape)
+
+    def last_attention(arm):
+        module = assembled(f"configs/{arm}.yaml").module
+        plans = plan_stages(module.stages, module.size, module.budget, devices=1)
+        return module.start_config, module.budget, plans[-1].network(imported).layers
+
+    modes = {stage.mode for stage in assembled(f"configs/{control}.yaml").module.stages.enabled().values()}
+    assert modes == {"none"}
+    candidates = [
+        arm
+        for arm in ARMS
+        if seeds[arm]
+        and yaml.safe_load((ROOT / f"configs/{arm}.yaml").read_text())["run"]["role"] in ("bridge", "direct")
+    ]
+    assert len(candidates) == 2
+    for arm in candidates:
+        assert last_attention(arm) == last_attention(control), arm
+        assert seeds[arm] == seeds[control] == {"0", "1"}
+
+
+@pytest.mark.parametrize("study, other", [("qwen", "qwen_ablations"), ("gemma", "gemma_policies")])
+def test_runs_that_two_matrices_share_are_the_same_runs(study, other):
+    shared = {run.name: run.arguments for run in planned_runs(study)}
+    both = [run for run in planned_runs(other) if run.name in shared]
+    assert both
+    assert all(run.arguments == shared[run.name] for run in both)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "ttt_lit": (),
     "ttt_lit.metrics": (),
     "ttt_lit.identity": (),
+    "ttt_lit.tokenizer_json": (),
     "ttt_lit.strict_yaml": (),
     "ttt_lit.ops": ("ttt_lit.ops",),
     "ttt_lit.model": ("ttt_lit.ops", "ttt_lit.model"),
@@ -25,9 +26,11 @@ MAY_IMPORT = {
     "ttt_lit.model.flops": ("ttt_lit.model.spec",),
     "ttt_lit.ttt": ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt"),
     "ttt_lit.families": ("ttt_lit.model.spec", "ttt_lit.families"),
-    "ttt_lit.checkpoint": ("ttt_lit.families", "ttt_lit.model", "ttt_lit.checkpoint", "ttt_lit.identity"),
+    "ttt_lit.checkpoint": (
+        *(f"ttt_lit.{name}" for name in ("families", "model", "checkpoint", "identity", "tokenizer_json")),
+    ),
     "ttt_lit.convert": ("ttt_lit.checkpoint", "ttt_lit.families", "ttt_lit.model", "ttt_lit.convert"),
-    "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity"),
+    "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity", "ttt_lit.tokenizer_json"),
     "ttt_lit.train": (
         *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
         *(f"ttt_lit.{name}" for name in ("metrics", "identity", "strict_yaml", "train")),
@@ -58,6 +61,7 @@ MAY_IMPORT = {
 STANDARD_LIBRARY_ONLY = (
     "ttt_lit.metrics",
     "ttt_lit.identity",
+    "ttt_lit.tokenizer_json",
     "ttt_lit.model.spec",
     "ttt_lit.model.flops",
     "ttt_lit.experiment.strict_json",

@@ -17,6 +17,7 @@ Account = Literal["compute", "validation", "checkpoint", "compile"]
 ACCOUNTS: Final[tuple[Account, ...]] = ("compute", "validation", "checkpoint", "compile")
 
 TRAIN_LOSS: Final = "train/loss_nats_per_token"
+TEACHER_KL: Final = "train/teacher_kl_nats_per_token"
 GRAD_NORM: Final = "train/outer_grad_norm"
 INNER_UPDATE_NORM: Final = "inner/update_norm"
 LEARNING_RATE: Final = "optim/lr"
@@ -34,6 +35,7 @@ FINAL_GPU_HOURS: Final = "final/gpu_hours"
 
 UNITS: Final[dict[str, str]] = {
     TRAIN_LOSS: "nats per token",
+    TEACHER_KL: "KL(teacher ‖ model) in nats per token, before its weight",
     GRAD_NORM: "global L2 norm of the outer gradient before clipping",
     INNER_UPDATE_NORM: "L2 norm of the fast weights' change per chunk, mean over sequences and chunks",
     LEARNING_RATE: "outer learning rate",
@@ -81,6 +83,15 @@ def position_loss(bucket: tuple[int, int], inner: Inner) -> str:
     return f"position/{inner}/nats_per_token_{start:06d}_to_{stop:06d}"
 
 
+DAMAGE_PARTS: Final = ("inside", "beyond", "nats")
+"""Of a context's positions: inside the stage's window, beyond it, all."""
+
+
+def damage(context: str, inner: Inner, part: str) -> str:
+    """Name of the loss above the imported model's on the same tokens, nats per token, at both ends of a stage."""
+    return f"damage/{context}/{inner}/{part}_nats_per_token"
+
+
 def on_tokens_axis(name: str) -> str:
     """The same metric logged with ``step`` = tokens trained; mixed axes under one tag are unreadable."""
     return TOKENS_AXIS + name
@@ -106,6 +117,10 @@ def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
         "training": {
             "nats per token against tokens": ["Multiline", ["^" + on_tokens_axis(TRAIN_LOSS)]],
             "nats per token against thousandths of a GPU-hour": ["Multiline", ["^" + on_gpu_hours_axis(TRAIN_LOSS)]],
+        },
+        "damage": {
+            "inner loop off": ["Multiline", ["damage/.*/off/.*"]],
+            "inner loop on": ["Multiline", ["damage/.*/on/.*"]],
         },
         "validation": {
             "nats per token": ["Multiline", ["^" + val_loss("on"), "^" + val_loss("off")]],

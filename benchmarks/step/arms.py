@@ -17,19 +17,25 @@ POLICIES = {
 SEARCHED = ("equal_memory", "fill")
 KINDS = {
     "dense": "none",
+    "transformers": "none",
     "swa": "none",
+    "swa_sinks": "none",
     "naive": "meta",
     "naive_recompute": "meta",
     "engine": "meta",
+    "engine_sinks": "meta",
     "first_order": "first_order",
 }
 """Arm → mode."""
 ACCEPTED: dict[str, tuple[str, ...]] = {
     "dense": ("recompute",),
+    "transformers": (),
     "swa": ("recompute",),
+    "swa_sinks": ("recompute",),
     "naive": (),
     "naive_recompute": (),
     "engine": (*POLICIES, *SEARCHED),
+    "engine_sinks": tuple(POLICIES),
     "first_order": (*POLICIES, *SEARCHED),
 }
 """Arm → the policies it may name."""
@@ -40,7 +46,7 @@ class Arm:
     kind: str
     policy: str | None
     engine: EngineConfig | None = None
-    """None: naive, or not chosen yet."""
+    """None: naive, transformers, or not chosen yet."""
     flops: float | None = None
     """Per token, as the arm's policy asks for."""
     first_seconds: float | None = None
@@ -48,7 +54,8 @@ class Arm:
     """One entry for every round."""
     peak: int | None = None
     error: float | None = None
-    """Of the gradient, against the context's first exact arm."""
+    """Of the gradient, against the context's first arm that computes the same."""
+    compared_with: str | None = None
     note: str | None = None
     failure: str | None = None
 
@@ -59,6 +66,20 @@ class Arm:
     @property
     def mode(self) -> Any:
         return KINDS[self.kind]
+
+    @property
+    def network(self) -> str:
+        """The network that it reads, as ``make_specs`` names it."""
+        if self.kind in ("dense", "transformers"):
+            return "dense"
+        return "sinks" if self.kind.endswith("_sinks") else "ttt"
+
+    @property
+    def computes(self) -> str:
+        """What it must agree on with every arm that computes the same."""
+        if self.mode == "meta":
+            return f"exact {self.network}"
+        return "dense" if self.network == "dense" else self.kind
 
     @property
     def median(self) -> float | None:
@@ -72,8 +93,8 @@ def make_arms(names: Iterable[str], policies: Sequence[str]) -> list[Arm]:
     for name in names:
         kind, _, policy = name.partition(":")
         chosen: Sequence[str | None] = [policy or None]
-        if kind in ("engine", "first_order"):
-            chosen = [policy] if policy else policies
+        if kind in ("engine", "engine_sinks", "first_order"):
+            chosen = [policy] if policy else [p for p in policies if p in ACCEPTED[kind]]
         _require_known(name, kind, policy)
         arms += [Arm(kind, p) for p in chosen]
     return arms

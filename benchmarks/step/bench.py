@@ -2,17 +2,19 @@
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from step.arms import Arm
 from step.devices import Cpu, Cuda
 from step.naive import naive_loss
 from step.shapes import make_specs
+from step.theirs import transformers_loss, transformers_model
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.ttt.compiled import wants_compilation
@@ -38,6 +40,10 @@ class Bench:
         self.optimizer = _adamw(decoder, device) if arguments.optimizer == "adamw" else None
         self.tokens = torch.empty(0)
 
+    @functools.cached_property
+    def theirs(self) -> nn.Module:
+        return transformers_model(self.dense.decoder)
+
     @property
     def context(self) -> int:
         return self.tokens.shape[1] - 1
@@ -52,7 +58,8 @@ class Bench:
 
     def prepare(self, arm: Arm) -> None:
         """Everything of a step that is not timed."""
-        self.decoder.set_spec(self.specs["ttt"])
+        if arm.network != "dense":
+            self.decoder.set_spec(self.specs[arm.network])
         if arm.engine is not None:
             self.model_of(arm).engine = arm.engine
         self.decoder.zero_grad(set_to_none=True)
@@ -64,6 +71,8 @@ class Bench:
             if arm.kind.startswith("naive"):
                 recompute = arm.kind == "naive_recompute"
                 loss = naive_loss(self.decoder, self.tokens, chunk=chunk, recompute=recompute, **INNER)
+            elif arm.kind == "transformers":
+                loss = transformers_loss(self.theirs, self.tokens)
             else:
                 loss = self.model_of(arm)(self.tokens, mode=arm.mode, chunk=chunk, **INNER).loss
         loss.backward()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from step.arms import POLICIES, Arm
 from step.bench import Bench
-from step.shapes import with_window
+from step.shapes import changed
 
 # Per tensor, as a share of its norm. bfloat16 rounds every intermediate result to 8 bits, in another order on either side: 0.05 has been
 # seen, and 0.4 where the second order is missing. That the method is the same is shown in float32.
@@ -60,11 +60,11 @@ class Reference:
 
 
 def check_short(bench: Bench) -> list[dict[str, Any]]:
-    """Naive against engine on three chunks and a window that cuts: in float32 as it comes, and as it is timed."""
+    """Naive against engine on three chunks, a window that cuts and its sinks: in float32 as it comes, and as it is timed."""
     window, chunk = bench.sizes["window"], bench.sizes["chunk"]
     bench.draw(3 * chunk)
     kept = bench.specs
-    bench.specs = {"ttt": with_window(kept["ttt"], min(window, 3 * chunk // 2))}
+    bench.specs = {"ttt": changed(kept["sinks"], window=min(window, 3 * chunk // 2))}
     # What is compiled stays compiled, so that comes last.
     variants = [("32", False), (bench.arguments.precision, bench.compiled)]
     try:

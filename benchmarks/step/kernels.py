@@ -1,5 +1,6 @@
 """The Triton attention kernels must agree with their plain twin at the shapes of the step."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,11 +19,11 @@ KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def check_kernels(
     ours: ModuleType, shapes: Iterable[tuple[int, int]], sizes: Mapping[str, int], batch: int, device: str
 ) -> list[dict[str, Any]]:
-    """The attention functions of ``ours`` against the plain twin in float32, for (queries, keys) of the step."""
+    """The attention functions of ``ours`` against the plain twin in float32, for (queries, keys) of the step, without and with sinks."""
     found = []
     for queries, keys in shapes:
-        for dtype, limit in KERNEL_TOLERANCE.items():
-            errors = _kernel_errors(ours, queries, keys, sizes, batch, device, dtype)
+        for (dtype, limit), sinks in itertools.product(KERNEL_TOLERANCE.items(), dict.fromkeys((0, sizes["sinks"]))):
+            errors = _kernel_errors(ours, queries, keys, sizes | {"sinks": sinks}, batch, device, dtype)
             error, name = worst(errors)
             kind = str(dtype).removeprefix("torch.")
             if error > limit:
@@ -30,18 +31,24 @@ def check_kernels(
                     f"{ours.__name__} and tiled_attention disagree on {queries} queries of {keys} keys in {kind}: {name} is "
                     f"off by {error:.1e} of its norm (limit {limit:g}); nothing is timed"
                 )
-            found.append({"queries": queries, "keys": keys, "dtype": kind, "largest_error": error, "limit": limit})
+            found.append(
+                {
+                    "queries": queries,
+                    "keys": keys,
+                    "sinks": sinks,
+                    "dtype": kind,
+                    "largest_error": error,
+                    "limit": limit,
+                }
+            )
     return found
 
 
 def _kernel_errors(
     ours: ModuleType, queries: int, keys: int, sizes: Mapping[str, int], batch: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    width, scale, window = (
-        sizes["hidden"] // sizes["heads"],
-        (sizes["hidden"] / sizes["heads"]) ** -0.5,
-        sizes["window"],
-    )
+    width = sizes["hidden"] // sizes["heads"]
+    reach = (width**-0.5, sizes["window"], sizes["sinks"])
     generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: str, length: int) -> Tensor:
@@ -54,13 +61,13 @@ def _kernel_errors(
 
     def results(functions: ModuleType, *given: Tensor) -> Iterator[tuple[str, Tensor]]:
         q, k, v, do, dto, tq, tk, tv = given
-        o, lse = functions.forward(q, k, v, scale, window)
+        o, lse = functions.forward(q, k, v, *reach)
         yield from zip(("o", "lse"), (o, lse), strict=True)
-        gradients = functions.backward(do, q, k, v, o, lse, scale, window, queries)
+        gradients = functions.backward(do, q, k, v, o, lse, *reach, queries)
         yield from zip(("dq", "dk", "dv"), gradients, strict=True)
-        to, mu = functions.jvp(q, k, v, o, lse, tq, tk, tv, scale, window)
+        to, mu = functions.jvp(q, k, v, o, lse, tq, tk, tv, *reach)
         yield from zip(("to", "mu"), (to, mu), strict=True)
-        second = functions.dual_backward(do, dto, q, k, v, o, lse, to, mu, tq, tk, tv, scale, window)
+        second = functions.dual_backward(do, dto, q, k, v, o, lse, to, mu, tq, tk, tv, *reach)
         yield from zip(("second dq", "second dk", "second dv", "dtq", "dtk", "dtv"), second, strict=True)
 
     given = (q, k, v, do, dto, tq, tk, tv)

@@ -1,6 +1,6 @@
 """All arms at one context, taking turns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,19 +26,19 @@ def attempt(bench: Bench, arm: Arm, action: Callable[[Arm], object]) -> None:
 
 
 def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
-    """All arms at one context, and the name of the arm that gradients were compared with."""
+    """All arms at one context, and the name of the arm that gradients were compared with (of the first network with several)."""
     arguments = bench.arguments
     bench.draw(context)
     if bench.compiled:
         # Or the second context would be compiled for lengths that vary.
         torch._dynamo.reset()
     arms = make_arms(arguments.arms, arguments.policy)
-    references: list[Reference] = []
+    references: dict[str, Reference] = {}
 
     def first(arm: Arm) -> None:
         settle(bench, arm, arms)
         if arm.failure is None:
-            _warm_up(bench, arm, references)
+            _warm_up(bench, arm, arms, references)
             arm.peak = bench.peak(arm)
 
     for arm in arms:
@@ -51,19 +51,20 @@ def measure(bench: Bench, context: int) -> tuple[list[Arm], str | None]:
             attempt(bench, arm, lambda arm: _time(bench, arm))
             arm.seconds += [None] * (number + 1 - len(arm.seconds))
     bench.clear()
-    return arms, references[0].name if references else None
+    return arms, next((found.name for what, found in references.items() if what.startswith("exact")), None)
 
 
-def _warm_up(bench: Bench, arm: Arm, references: list[Reference]) -> None:
+def _warm_up(bench: Bench, arm: Arm, arms: Sequence[Arm], references: dict[str, Reference]) -> None:
     losses: list[Tensor] = []
     bench.prepare(arm)
     arm.first_seconds = bench.device.timed(lambda: losses.append(bench.step(arm)))
-    if arm.mode == "meta":
+    if arm.mode == "meta" or sum(other.computes == arm.computes for other in arms) > 1:
         loss, gradients = losses[0].item(), bench.take_gradients()
-        if references:
-            arm.error = references[0].require(arm.name, loss, gradients)
+        if arm.computes in references:
+            reference = references[arm.computes]
+            arm.error, arm.compared_with = reference.require(arm.name, loss, gradients), reference.name
         else:
-            references.append(Reference(arm.name, loss, gradients, bench.precision))
+            references[arm.computes] = Reference(arm.name, loss, gradients, bench.precision)
     for _ in range(bench.arguments.warmup - 1):
         bench.prepare(arm)
         bench.step(arm)

@@ -20,12 +20,12 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.flops import forward_flops, key_count
 from ttt_lit.model.mlp import MLPWeights, activate
 from ttt_lit.model.rope import rotate
-from ttt_lit.model.spec import ModelSpec
+from ttt_lit.model.spec import LayerSpec, ModelSpec
 
 Fast = dict[int, MLPWeights]
 """TTT layer → one copy of its fast weights for every sequence, (B, F, D) and (B, D, F)."""
 Past = dict[int, tuple[Tensor, Tensor]]
-"""Suffix layer → carried keys and values, (B, Hkv, ≤ window − 1, head_dim)."""
+"""Suffix layer → carried keys and values, (B, Hkv, ≤ sinks + window − 1, head_dim)."""
 
 
 def naive_loss(
@@ -39,11 +39,9 @@ def naive_loss(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x = decoder.embed(inputs)
     tables = decoder.rope(inputs.shape[1], x)
-    masks: dict[int | None, Tensor] = {
-        window: window_mask(inputs.shape[1], window, x.device) for window in _windows(spec, inputs.shape[1])
-    }
+    masks = {reach: window_mask(inputs.shape[1], *reach, x.device) for reach in _reaches(spec, inputs.shape[1])}
     for index in range(spec.suffix_start):
-        x = run(_whole_block, decoder, index, x, tables[index], masks.get(spec.layers[index].window))
+        x = run(_whole_block, decoder, index, x, tables[index], masks.get(_reach(spec.layers[index])))
     fast = {i: _copies(decoder.block(i), tokens.shape[0]) for i in spec.ttt_layers}
     past: Past = {}
     losses = []
@@ -84,35 +82,40 @@ def naive_flops(spec: ModelSpec, *, context: int, chunk: int, recompute: bool) -
             total += (part.attention_projections + part.attention_scores) * plain
             total += part.prime * mixed((2 * slow + fast) / 3)
             continue
-        share = key_count(context - chunk, context, layer.window) / key_count(0, context, layer.window)
+        reach = _reach(layer)
+        share = key_count(context - chunk, context, *reach) / key_count(0, context, *reach)
         total += part.attention_projections * mixed(slow) + part.attention_scores * mixed(fast, share)
         total += part.prime * mixed(fast if layer.fast == "prime" else slow)
     return total
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+def window_mask(length: int, window: int | None, sinks: int, device: torch.device) -> Tensor:
     """(T, T) bool: which keys a query sees."""
-    return _visible(torch.arange(length, device=device), torch.arange(length, device=device), window)
+    return _visible(torch.arange(length, device=device), torch.arange(length, device=device), window, sinks)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, sinks: int) -> Tensor:
     """Explicit softmax: q (B, Hq, C, d) on the last of the keys k, v (B, Hkv, P + C, d)."""
     k, v = _for_every_query_head(k, v, q.shape[1])
     scores = (q @ k.mT * scale).to(torch.promote_types(q.dtype, torch.float32))
     keys = torch.arange(k.shape[2], device=q.device)
-    seen = _visible(keys[-q.shape[2] :], keys, window)
+    seen = _visible(keys[-q.shape[2] :], keys, window, sinks)
     return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
 
 
-def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def _visible(queries: Tensor, keys: Tensor, window: int | None, sinks: int) -> Tensor:
     distance = queries[:, None] - keys[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return (distance >= 0) if window is None else (distance >= 0) & ((distance < window) | (keys < sinks))
 
 
-def _windows(spec: ModelSpec, length: int) -> set[int]:
-    """Windows of the blocks that read whole sequences, where they cut something."""
-    windows = {layer.window for layer in spec.layers[: spec.suffix_start]}
-    return {window for window in windows if window is not None and window < length}
+def _reach(layer: LayerSpec) -> tuple[int | None, int]:
+    return layer.window, layer.sink_tokens
+
+
+def _reaches(spec: ModelSpec, length: int) -> set[tuple[int | None, int]]:
+    """Windows and sinks of the blocks that read whole sequences, where they cut something."""
+    reaches = {_reach(layer) for layer in spec.layers[: spec.suffix_start]}
+    return {(window, sinks) for window, sinks in reaches if window is not None and window < length}
 
 
 def _whole_block(decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -127,13 +130,16 @@ def _chunk_block(
     decoder: Decoder, index: int, x: Tensor, rope: tuple[Tensor, Tensor], past: Past, fast: MLPWeights | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """x (B, C, D) → (B, C, D), and the keys and values to carry."""
-    block, window = decoder.block(index), decoder.spec.layers[index].window
+    block, (window, sinks) = decoder.block(index), _reach(decoder.spec.layers[index])
     q, k, v = _queries_keys_values(block.self_attn, block.input_layernorm(x), rope)
     if index in past:
         k, v = (torch.cat([old, new], dim=2) for old, new in zip(past[index], (k, v), strict=True))
-    mixed = attention(q, k, v, scale=block.self_attn.scale, window=window)
-    crop = slice(0 if window is None else max(0, k.shape[2] - (window - 1)), None)
-    return _rest_of_block(block, x, mixed, fast), (k[:, :, crop], v[:, :, crop])
+    mixed = attention(q, k, v, scale=block.self_attn.scale, window=window, sinks=sinks)
+    near = 0 if window is None else max(0, k.shape[2] - (window - 1))
+    k, v = (
+        torch.cat([t[:, :, : min(sinks, near)], t[:, :, near:]], dim=2) if sinks else t[:, :, near:] for t in (k, v)
+    )
+    return _rest_of_block(block, x, mixed, fast), (k, v)
 
 
 def _queries_keys_values(layer: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

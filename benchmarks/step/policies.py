@@ -16,9 +16,9 @@ def settle(bench: Bench, arm: Arm, arms: Sequence[Arm]) -> None:
     """Choose what the arm keeps, and count its operations."""
     if arm.policy in SEARCHED:
         _search(bench, arm, arms)
-    elif arm.kind in ("dense", "swa"):
+    elif arm.mode == "none":
         arm.engine = EngineConfig(recompute_blocks=arm.policy == "recompute", compile=bench.compiled)
-    elif not arm.kind.startswith("naive"):
+    elif arm.kind != "transformers" and not arm.kind.startswith("naive"):
         arm.engine = dataclasses.replace(POLICIES[arm.policy or "recompute"], compile=bench.compiled)
     if arm.failure is None:
         arm.flops = count_flops(bench, arm)
@@ -26,7 +26,10 @@ def settle(bench: Bench, arm: Arm, arms: Sequence[Arm]) -> None:
 
 def count_flops(bench: Bench, arm: Arm) -> float:
     context, chunk = bench.context, bench.sizes["chunk"]
-    spec = bench.specs["dense" if arm.kind == "dense" else "ttt"]
+    spec = bench.specs[arm.network]
+    if arm.kind == "transformers":
+        # It keeps its logits, which our backward makes again.
+        return training_flops(spec, context=context, mode="none").total - 2 * spec.vocab_size * spec.hidden_size
     if arm.kind.startswith("naive"):
         return naive_flops(spec, context=context, chunk=chunk, recompute=arm.kind == "naive_recompute")
     assert arm.engine is not None

@@ -34,7 +34,7 @@ def result_of(arm: Arm, baseline: Arm | None, tokens: int) -> dict[str, Any]:
     }
     times = [t for t in arm.seconds if t is not None]
     result |= {"first_step_seconds": arm.first_seconds, "seconds": arm.seconds, "peak_bytes": arm.peak}
-    result |= {"gradient_error": arm.error, "flops_per_token": arm.flops}
+    result |= {"gradient_error": arm.error, "compared_with": arm.compared_with, "flops_per_token": arm.flops}
     if arm.median is None:
         return result
     result |= {"median_seconds": arm.median, "min_seconds": min(times), "max_seconds": max(times)}
@@ -47,9 +47,22 @@ def result_of(arm: Arm, baseline: Arm | None, tokens: int) -> dict[str, Any]:
     return result
 
 
+def price_of_sinks(arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
+    """Time and operations of every arm with sinks, as multiples of the same arm's without; the time is the median of the rounds' ratios."""
+    by_name, found = {arm.name: arm for arm in arms}, {}
+    for arm in arms:
+        without = by_name.get(arm.name.replace("_sinks", "", 1))
+        if without is None or without is arm or None in (arm.median, without.median, arm.flops, without.flops):
+            continue
+        pairs = [(a, b) for a, b in zip(arm.seconds, without.seconds, strict=True) if a is not None and b is not None]
+        times, flops = statistics.median(a / b for a, b in pairs), arm.flops / without.flops  # type: ignore[operator]
+        found[arm.name] = {"time_ratio": times, "flops_ratio": flops}
+    return found
+
+
 def describe(bench: Bench) -> dict[str, Any]:
     """Where, with what and on what: everything but the measurements."""
-    names = ["torch", "triton", "flash_attn"]
+    names = ["torch", "transformers", "triton", "flash_attn"]
     versions = {"Python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

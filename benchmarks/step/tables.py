@@ -47,10 +47,15 @@ def section(result: Mapping[str, Any], device: Cpu | Cuda, *, compiled: bool) ->
     if result["baseline"] not in (None, "dense"):
         lines.append(f"- The ratios are to {result['baseline']}.")
     lines += [f"- {arm['name']}: {arm['note']}." for arm in result["arms"] if arm["note"]]
-    errors = [arm["gradient_error"] for arm in result["arms"] if arm["gradient_error"] is not None]
-    if errors:
+    for name, price in result["sinks"].items():
+        times, flops = price["time_ratio"], price["flops_ratio"]
+        lines.append(f"- {name}: {times:.3f} × the time of the same arm without sinks, {flops:.4f} × its FLOPs.")
+    compared = [arm for arm in result["arms"] if arm["gradient_error"] is not None]
+    for reference in dict.fromkeys(arm["compared_with"] for arm in compared):
+        of_this = [arm for arm in compared if arm["compared_with"] == reference]
         lines.append(
-            f"- Exact arms agree with {result['reference']} in every gradient to {max(errors):.0e} of its norm."
+            f"- Compared with {reference}, every gradient agrees to {max(arm['gradient_error'] for arm in of_this):.0e} of its norm: "
+            f"{', '.join(arm['name'] for arm in of_this)}."
         )
     return "\n".join(lines).rstrip() + "\n"
 
@@ -59,6 +64,7 @@ def preamble(record: Mapping[str, Any]) -> str:
     """Date, machine, what a step is, how to read the tables, and what was checked."""
     machine, versions, arguments = (record[name] for name in ("machine", "versions", "arguments"))
     where = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB" if "gpu" in machine else machine["cpu"]
+    clock = "" if "gpu" in machine or arguments["threads"] > 1 else " of processor time"
     threads = "" if "gpu" in machine else f", {_count(arguments['threads'], 'thread')}"
     step = "forward, backward and AdamW" if arguments["optimizer"] == "adamw" else "forward and backward"
     shape = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in record["sizes"].items())
@@ -67,9 +73,10 @@ def preamble(record: Mapping[str, Any]) -> str:
         f"{record['date'][:10]}, {where}{threads}; {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         f"A step is {step} of {_count(arguments['batch'], 'sequence')}, {_numbers(arguments['precision'], record['compiled'])}.",
         f"Network: {shape}; {parameters:,} parameters, of them {prime:,} in prime MLPs.",
-        f"Times are medians of {_count(arguments['rounds'], 'interleaved round')}. time ×: as a multiple of the dense step, median of the "
-        "rounds' ratios. FLOPs ×: what the arm's policy asks for, computing again included, as a multiple of the dense step. quotient: the "
-        "first over the second. peak: bytes beyond parameters and optimizer state, gradients included.",
+        f"Times are medians of {_count(arguments['rounds'], 'interleaved round')}{clock}. "
+        "time ×: as a multiple of the dense step, median of the rounds' ratios. FLOPs ×: what the arm's policy asks for, computing again "
+        "included, as a multiple of the dense step. quotient: the first over the second. peak: bytes beyond parameters and optimizer "
+        "state, gradients included.",
     ]
     for check in record["checks"]:
         lines.append(

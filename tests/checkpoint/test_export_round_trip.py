@@ -111,7 +111,7 @@ def test_hf_to_ours_to_hf_keeps_every_key_bit_and_meaning(tmp_path_factory, fold
     write_folder(home / "hf", config, tensors, shards)
     quiet = Console(file=io.StringIO())
     import_checkpoint(str(home / "hf"), str(home / "ours"), parity=False, console=quiet, shard_bytes=shard_bytes)
-    export_checkpoint(str(home / "ours"), str(home / "back"), shard_bytes=shard_bytes)
+    export_checkpoint(str(home / "ours"), str(home / "back"), engine="transformers", shard_bytes=shard_bytes)
     back_config, back_tensors = read_folder(home / "back")
     same_tensors(tensors, back_tensors)
     family = family_of_config(config)
@@ -163,6 +163,55 @@ def test_a_windowed_model_exports_as_one(hf_folder, tmp_path, quiet):
     assert config["max_position_embeddings"] == CONFIG["max_position_embeddings"]
     assert config["torch_dtype"] == "bfloat16"
     assert len(tensors) == 38
+
+
+def test_windows_in_some_layers_are_written_only_for_transformers(hf_folder, tmp_path, quiet):
+    """vLLM's Qwen2 asserts max_window_layers == num_hidden_layers, and then gives no layer a window."""
+    checkpoint = converted(hf_folder, tmp_path, quiet, {})
+    layers = tuple(
+        dataclasses.replace(layer, window=None if i == 1 else 5) for i, layer in enumerate(checkpoint.spec.layers)
+    )
+    save_checkpoint(
+        tmp_path / "mixed",
+        spec=checkpoint.spec.with_layers(layers),
+        state=checkpoint.state(),
+        family="qwen2",
+        receipt=checkpoint.receipt,
+        lineage=checkpoint.lineage,
+    )
+    with pytest.raises(ValueError, match=r"full attention in layers \[1\].*--engine transformers") as caught:
+        export_checkpoint(str(tmp_path / "mixed"), str(tmp_path / "back"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "back").exists()
+    export_checkpoint(str(tmp_path / "mixed"), str(tmp_path / "back"), engine="transformers")
+    assert [layer.window for layer in spec_from_config(read_folder(tmp_path / "back")[0]).layers] == [5, None, 5]
+    with pytest.raises(ValueError, match="engine: got 'vllm'"):
+        export_checkpoint(str(tmp_path / "mixed"), str(tmp_path / "no"), engine="vllm")
+
+
+@pytest.mark.parametrize(
+    "claimed, contexts, expected",
+    [(100, [64], 100), (100, [64, 128, 96], 128), (None, [40_000], 40_000), (None, [64], None), (100, [None], 100)],
+)
+def test_an_export_claims_the_longest_context_trained_on(hf_folder, tmp_path, quiet, claimed, contexts, expected):
+    """A config without the field stands for its class's default, 32,768; a step of an older version says no context."""
+    import_checkpoint(str(hf_folder()), str(tmp_path / "ours"), parity=False, console=quiet)
+    before = load_checkpoint(tmp_path / "ours")
+    config = {key: value for key, value in CONFIG.items() if key != "max_position_embeddings"}
+    steps = tuple(
+        LineageStep(operation="fit", parameters={} if context is None else {"context": context}) for context in contexts
+    )
+    save_checkpoint(
+        tmp_path / "trained",
+        spec=before.spec,
+        state=before.state(),
+        family="qwen2",
+        receipt=before.receipt,
+        lineage=(*before.lineage, *steps),
+        source_config=json.dumps(config if claimed is None else config | {"max_position_embeddings": claimed}),
+    )
+    export_checkpoint(str(tmp_path / "trained"), str(tmp_path / "back"))
+    assert read_folder(tmp_path / "back")[0].get("max_position_embeddings") == expected
 
 
 def test_prime_mlps_cannot_be_exported(hf_folder, tmp_path, quiet):

@@ -4,23 +4,12 @@ import os
 
 import pytest
 import torch
+from hf_imports import refused, run
 from safetensors.torch import load_file, save_file
 
 from ttt_lit.checkpoint.importing import audit_headers, import_checkpoint
 from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.families import FAMILIES
-
-
-def run(folder, tmp_path, quiet, **options):
-    return import_checkpoint(str(folder), str(tmp_path / "out"), parity=False, console=quiet, **options)
-
-
-def refused(folder, tmp_path, quiet, match, **options):
-    """The import fails with one line and leaves nothing behind."""
-    with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
-        run(folder, tmp_path, quiet, **options)
-    assert "\n" not in str(error.value)
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def qwen2_name(name):
@@ -61,7 +50,7 @@ def test_same_input_same_bytes_out(hf_folder, tmp_path, quiet):
 def test_the_audit_accounts_for_every_key_and_file(hf_folder, tmp_path, quiet):
     folder = hf_folder(shards=2)
     (folder / "tokenizer.json").write_text(
-        json.dumps({"model": {"vocab": {"a": 0, "b": 49}}, "added_tokens": [{"id": 60}]})
+        json.dumps({"model": {"vocab": {"a": 0, "b": 49}}, "added_tokens": [{"id": 60, "content": "<x>"}]})
     )
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     (folder / "other.safetensors").write_bytes(b"")

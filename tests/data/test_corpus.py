@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from ttt_lit.data.corpus import Corpus, Document
+from ttt_lit.data.corpus import Corpus, Document, left_out
 
 TEXTS = ["first\ntext", "zweiter Text: ß", "三 😀"]
 JSONL = "".join(json.dumps({"id": i, "body": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -52,6 +52,30 @@ def test_a_folder_is_read_by_name_and_a_glob_narrows_it(tmp_path):
         Corpus(str(tmp_path / "*"))
 
 
+def test_files_that_look_like_texts_and_are_not_read_are_named(tmp_path):
+    for name in ("a.jsonl", "B.JSONL", "sub/c.json.gz", "d.jsonl.zstd", "e.csv", "notes.md", "model.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert left_out(str(tmp_path)) == ["B.JSONL", "d.jsonl.zstd", "e.csv", "sub/c.json.gz"]
+    assert left_out(str(tmp_path / "*.jsonl")) == left_out("stdlib") == []
+
+
+def test_linked_folders_are_read_as_a_glob_reads_them_and_a_circle_ends(tmp_path):
+    for name in ("source/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    (tmp_path / "source" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "source")
+    assert [document.id for document in Corpus(str(tmp_path / "source"))] == ["a.txt", "linked/b.txt"]
+
+
+def test_a_line_longer_than_many_reads_is_one_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("ttt_lit.data.readers.CHUNK_BYTES", 64)
+    texts = ["x" * 1000, "", "y" * 63, "z"]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert [document.text for document in Corpus(str(tmp_path))] == texts
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_cut_off_file_is_an_error_that_names_it(tmp_path, suffix):
     path = write_file(tmp_path, suffix)
@@ -65,7 +89,7 @@ def test_a_cut_off_file_is_an_error_that_names_it(tmp_path, suffix):
     [
         (b'{"body": "a"}\n{"body": "b"\n', r":2: not JSON"),
         (b'{"text": "a"}\n', r":1: expected.*'body'.*\['text'\]"),
-        (b'{"body": null}\n', r":1: expected"),
+        (b'{"body": null}\n', r":1: the text in field 'body' is null; take such rows out"),
         (b'{"body": "\xff"}\n', r":1: not UTF-8"),
     ],
 )
@@ -80,7 +104,7 @@ def test_parquet_names_the_missing_column_and_the_row_without_text(tmp_path):
     with pytest.raises(ValueError, match="no column 'body'.*other"):
         list(Corpus(str(tmp_path), "body"))
     write_parquet(tmp_path / "x.parquet", "body", ["a", None])
-    with pytest.raises(ValueError, match="x.parquet:1: expected text"):
+    with pytest.raises(ValueError, match="x.parquet:1: the text in column 'body' is null"):
         list(Corpus(str(tmp_path), "body"))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="x.parquet: cannot be read"):

@@ -15,6 +15,9 @@ import tiny
 WORKER = Path(__file__).with_name("gradients_worker.py")
 MODES = {"A": "first_order", "B0": "none", "B1": "static", "B2": "meta", "C": "meta"}
 
+TAUGHT = {"B1": ', "teacher_kl": 3.0, "window_share": 0.25'}
+"""A narrow window, held to the imported model by a divergence."""
+
 pytestmark = pytest.mark.ranks
 
 
@@ -32,7 +35,7 @@ def launch(
 
 def arguments(world: Path, folder: Path, ranks: int, name: str) -> list[str]:
     stages = [
-        f'--model.stages.{stage}={{"enabled": true, "mode": "{mode}", "share": 0.2, "lr": 1e-5}}'
+        f'--model.stages.{stage}={{"enabled": true, "mode": "{mode}", "share": 0.2, "lr": 1e-5{TAUGHT.get(stage, "")}}}'
         for stage, mode in MODES.items()
     ]
     extra = [*stages, f"--trainer.devices={ranks}", f"--run.id={name}"]

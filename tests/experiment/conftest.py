@@ -12,6 +12,7 @@ from ttt_lit.experiment.record import (
     Environment,
     EvaluationPoint,
     Git,
+    Imported,
     Model,
     Norms,
     Parent,
@@ -114,6 +115,15 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
         model=Model(family="qwen2", num_parameters=3_350_000, num_layers=2, ttt_layers=[1]),
         environment=Environment(versions={"torch": "2.13.0"}, kernels=["math"]),
         git=Git(revision="0" * 40, dirty=False),
+        imported=[
+            Imported(
+                context="short",
+                blocks=4,
+                tokens=1024,
+                nats_per_token=3.6,
+                buckets=[Bucket(start=0, stop=256, nats_per_token=3.6)],
+            )
+        ],
         stages=[swa_stage, ttt_stage],
         evaluations=[EvaluationPoint(stage="C", tokens=300_000, gpu_seconds=150.0, inner_on=3.1, inner_off=3.6)],
         totals=Spent(

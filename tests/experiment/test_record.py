@@ -37,13 +37,14 @@ def test_a_run_that_has_only_begun_is_a_record_too():
 def test_a_record_that_is_older_than_the_ceiling_and_the_damage_is_read_and_no_other_field_may_be_missing(make_record):
     whole = make_record()
     assert whole.ceiling
+    assert whole.imported
     assert whole.stages[1].damage
     old = json.loads(json.dumps(whole.to_dict()))
-    del old["ceiling"]
+    del old["ceiling"], old["imported"]
     for each in old["stages"]:
         del each["damage"]
     read = RunRecord.from_dict(old)
-    assert (read.ceiling, [each.damage for each in read.stages]) == ([], [[], []])
+    assert (read.ceiling, read.imported, [each.damage for each in read.stages]) == ([], [], [[], []])
     for name in old:
         with pytest.raises(ValueError, match="schema_version|misses fields"):
             RunRecord.from_dict({key: value for key, value in old.items() if key != name})

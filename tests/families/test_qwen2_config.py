@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lit.families import family_named, family_of_config
-from ttt_lit.families.qwen2 import config_from_spec, spec_from_config
+from ttt_lit.families import family_named, family_of_config, gemma3
+from ttt_lit.families.qwen2 import FAMILY, config_from_spec, spec_from_config
 from ttt_lit.model.spec import LayerSpec, ModelSpec, PrimeSpec
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "configs/shapes/qwen2.5-1.5b.json").read_text())
@@ -156,6 +156,28 @@ def test_what_qwen2_cannot_be_is_refused_by_name(change, message):
     )
     with pytest.raises(ValueError, match=message):
         config_from_spec(dataclasses.replace(spec, **change), None)
+
+
+def test_what_vllm_does_not_run_is_named():
+    """Its Qwen2 has one window for all layers, silu, and heads as wide as the hidden size allows."""
+    dense = spec_from_config(PUBLISHED)
+    windows = {"all": [512] * 28, "none": [None] * 28, "upper": [None] * 14 + [512] * 14}
+    refused = {}
+    for name, of in windows.items():
+        layers = tuple(dataclasses.replace(layer, window=w) for layer, w in zip(dense.layers, of, strict=True))
+        refused[name] = FAMILY.refused_by_vllm(dense.with_layers(layers))
+    assert refused["all"] == refused["none"] == []
+    assert "windows in some layers only" in refused["upper"][0]
+    assert str(list(range(14))) in refused["upper"][0]
+    odd = dataclasses.replace(dense, activation="gelu_tanh", head_dim=64)
+    assert len(FAMILY.refused_by_vllm(odd)) == 2
+
+
+def test_a_config_without_positions_stands_for_its_classs_default():
+    from transformers import Gemma3TextConfig, Qwen2Config
+
+    assert FAMILY.default_positions == Qwen2Config().max_position_embeddings
+    assert gemma3.FAMILY.default_positions == Gemma3TextConfig().max_position_embeddings
 
 
 @st.composite

@@ -75,6 +75,8 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(bridge, w
         assert ours.spent.bytes == theirs.spent.bytes
         assert ours.train_loss_mean == theirs.train_loss_mean
         assert [v.nats_per_token for v in ours.validations] == [v.nats_per_token for v in theirs.validations]
+        assert ours.damage == theirs.damage
+    assert record.imported == expected.imported
     assert [p.inner_on for p in record.evaluations] == [p.inner_on for p in expected.evaluations]
 
 

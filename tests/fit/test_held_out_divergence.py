@@ -48,8 +48,8 @@ class BreaksReading(L.Callback):
     def setup(self, trainer, module, stage):
         read = module.read
 
-        def broken(tokens, *, mode, inner_lr):
-            out = read(tokens, mode=mode, inner_lr=inner_lr)
+        def broken(tokens, *, mode, **rest):
+            out = read(tokens, mode=mode, **rest)
             if module.entered >= 0 and module.plan.name == self.stage and mode == "meta" and not out.loss.requires_grad:
                 out.token_nll[:, tiny.SHORT :] = self.value
             return out
@@ -80,7 +80,8 @@ def with_callback(callback):
     ids=["inner loop nan", "inner loop inf", "weights"],
 )
 def test_a_validation_that_is_no_number_ends_the_run_as_diverged(world, tmp_path, monkeypatch, capsys, callback, said):
-    arguments = tiny.arguments(world, tmp_path, "--model.validation.every_share=0", steps=10)
+    only_stage_ends = ("--model.validation.every_share=0", "--model.validation.damage_blocks=0")
+    arguments = tiny.arguments(world, tmp_path, *only_stage_ends, steps=10)
     start(monkeypatch, with_callback(callback))
     assert cli.main(["fit", *arguments]) == 1
     folder = tmp_path / "tiny" / "default"
@@ -113,8 +114,24 @@ def test_a_validation_that_is_no_number_ends_the_run_as_diverged(world, tmp_path
     assert (folder / "record.json").read_bytes() == before
 
 
+EVALUATED = ("--model.validation.every_share=0.4", "--model.validation.damage_blocks=0")
+
+
+def test_damage_that_is_no_number_ends_the_run_before_the_stage_trains(world, tmp_path, monkeypatch):
+    arguments = tiny.arguments(world, tmp_path, "--model.validation.every_share=0", steps=10)
+    start(monkeypatch, with_callback(BreaksReading("B2", math.nan)))
+    with pytest.raises(RuntimeError, match="loss at the start of stage B2 at context 32 with inner updates on is nan"):
+        fit(arguments)
+    record = read(tmp_path)
+    assert record.status == "diverged"
+    last = record.stages[1].damage[-1]
+    assert (last.when, last.context, last.inner) == ("start", "long", "on")
+    assert math.isfinite(last.inside)
+    assert record.stages[1].spent.optimizer_steps == 0
+
+
 def test_an_evaluation_that_is_no_number_ends_the_run_before_a_resume_file_holds_it(world, tmp_path, monkeypatch):
-    arguments = tiny.arguments(world, tmp_path, "--model.validation.every_share=0.4", steps=10)
+    arguments = tiny.arguments(world, tmp_path, *EVALUATED, steps=10)
 
     def change(parts):
         next(one for one in parts.trainer.callbacks if hasattr(one, "save")).every_seconds = 0

@@ -14,6 +14,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import LayerSpec, ModelSpec
 
 VOCAB, SHORT, LONG, CHUNK = 300, 16, 32, 8
+GENERATION = '{"eos_token_id":   [0, 5]}'
 
 
 def make_world(folder: Path) -> Path:
@@ -63,6 +64,7 @@ def make_checkpoint(path: Path, *, tokenizer: Path | None, seed: int = 1) -> Non
         family="qwen2",
         receipt=Receipt.all_new(spec.parameter_shapes(), dtype="F32", note="a test"),
         lineage=(),
+        generation_config=GENERATION,
         tokenizer=tokenizer,
     )
 
@@ -83,6 +85,7 @@ def arguments(world: Path, runs: Path, *extra: str, steps: int = 20) -> list[str
         "model.budget.tokens": 128 * steps,
         "model.validation.blocks": 4,
         "model.validation.subset": 2,
+        "model.validation.damage_blocks": 2,
         "model.validation.every_share": 0.25,
         "model.stages.B1": '{"enabled": true, "share": 0.2}',
         "model.stages.B2": '{"enabled": true, "share": 0.3}',

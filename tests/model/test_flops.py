@@ -27,6 +27,8 @@ from ttt_lit.model.flops import (
 from ttt_lit.model.spec import LayerSpec, ModelSpec, PrimeSpec, last_quarter
 from ttt_lit.ops import tiled_attention
 from ttt_lit.ops.cross_entropy import nll_adjoint
+from ttt_lit.ops.distillation import _nll_and_kl_backward
+from ttt_lit.train.teacher import Teacher
 from ttt_lit.ttt.scan import sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
 
@@ -235,7 +237,21 @@ def _logits(hidden, head):
 LOSS = {
     torch.ops.ttt_lit.linear_nll: lambda hidden, head, *_, **__: _logits(hidden, head),
     torch.ops.ttt_lit.linear_nll_backward: lambda _, hidden, head, *__, **___: 3 * _logits(hidden, head),
+    torch.ops.ttt_lit.nll_and_kl: lambda hidden, head, _, theirs, their_head, **__: (
+        _logits(hidden, head) + _logits(theirs, their_head)
+    ),
+    torch.ops.ttt_lit.nll_and_kl_backward: lambda _, __, hidden, head, ___, theirs, their_head, *____, **_____: (
+        3 * _logits(hidden, head) + _logits(theirs, their_head)
+    ),
 }
+
+
+def test_a_divergences_backward_makes_the_logits_of_both_again():
+    hidden, head, theirs, their_head = (torch.randn(shape) for shape in ((2, 3, 4), (5, 4), (2, 3, 6), (5, 6)))
+    dnll, lse, targets = torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        _nll_and_kl_backward._init_fn(dnll, dnll, hidden, head, targets, theirs, their_head, lse, lse)
+    assert counter.get_total_flops() == 3 * _logits(hidden.shape, head.shape) + _logits(theirs.shape, their_head.shape)
 
 
 def test_the_losses_backward_makes_the_logits_again():
@@ -264,7 +280,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def _products_that_torch_counts(spec, context, mode, chunk, engine, *, train=True):
+def _products_that_torch_counts(spec, context, mode, chunk, engine, *, train=True, teacher=None):
     """Operations per token in matrix products outside of attention, over forward and backward of the real code."""
     decoder = Decoder(spec)
     decoder.initialise(generator=torch.Generator().manual_seed(0))
@@ -273,9 +289,11 @@ def _products_that_torch_counts(spec, context, mode, chunk, engine, *, train=Tru
     # Its module tracker hooks leaves, which torch forbids inside autograd.grad; the total needs no modules.
     counter.mod_tracker = _WholeProgram()
     with counter, torch.set_grad_enabled(train):
-        loss = sequence_loss(decoder, tokens, mode=mode, chunk=chunk, inner_lr=0.1, clip=1.0, engine=engine).loss
+        arguments = {"mode": mode, "chunk": chunk, "inner_lr": 0.1, "clip": 1.0, "engine": engine}
+        arguments |= {} if teacher is None else {"teacher": Teacher(Decoder(teacher))(tokens)}
+        out = sequence_loss(decoder, tokens, **arguments)
         if train:
-            loss.backward()
+            (out.loss if teacher is None else out.loss + out.token_kl.mean()).backward()
     counted = counter.get_flop_counts()["Global"]
     return sum(flops for op, flops in counted.items() if "scaled_dot" not in str(op)) / tokens[:, 1:].numel()
 
@@ -304,6 +322,21 @@ def test_what_is_read_whole_is_what_torch_counts(network, mode, recompute):
     counted = _products_that_torch_counts(spec, 12, mode, 4, EngineConfig(recompute_blocks=recompute))
     expected = training_flops(spec, context=12, mode=mode, chunk=4, recompute_blocks=recompute)
     assert counted == pytest.approx(_linear(expected), rel=EXACT)
+
+
+@pytest.mark.parametrize("mode", ["none", "static"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_teacher_costs_what_torch_counts(mode, recompute):
+    spec, teacher = NETWORKS["two TTT layers"], with_heads(LayerSpec(), LayerSpec(), LayerSpec())
+    engine = EngineConfig(recompute_blocks=recompute)
+    counted = _products_that_torch_counts(spec, 12, mode, 4, engine, teacher=teacher)
+    expected = training_flops(spec, context=12, mode=mode, recompute_blocks=recompute, teacher=teacher)
+    scores = forward_flops(teacher, context=12, mode="none").parts()["attention_scores"]
+    assert counted == pytest.approx(_linear(expected) - scores, rel=EXACT)
+    assert expected.parts()["teacher"] > 0
+    assert expected.total == pytest.approx(sum(expected.parts().values()))
+    with pytest.raises(ValueError, match="got a teacher with mode 'meta', expected none or static"):
+        training_flops(spec, context=12, mode="meta", chunk=4, teacher=teacher)
 
 
 @pytest.mark.parametrize("storage", ["every", "factors", "two_level", "offload"])

@@ -32,5 +32,5 @@ def exported(checkpoint, path):
     """Export to ``path``, and the model that transformers loads from there."""
     from transformers import AutoModelForCausalLM
 
-    export_checkpoint(str(checkpoint.path), str(path))
+    export_checkpoint(str(checkpoint.path), str(path), engine="transformers")
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import gemma3_variants
 import pytest
@@ -201,6 +202,20 @@ def test_nan_never_passes(hf_model, tmp_path, quiet):
     report = check_parity(folder, checkpoint.spec, state, config=SHORT)
     assert not report.passed
     assert report.first_departure == "layer 1"
+
+
+def test_an_import_says_in_plain_lines_what_it_is_doing(hf_model, tmp_path, quiet, monkeypatch):
+    """Each step as it begins; where a line is due, layer by layer. The console here is a file."""
+    _, folder = hf_model()
+    monkeypatch.setattr("ttt_lit.checkpoint.announcer.EVERY_SECONDS", 0.0)
+    import_checkpoint(str(folder), str(tmp_path / "ours"), parity_config=SHORT, console=quiet)
+    lines = [line for line in quiet.file.getvalue().splitlines() if line.startswith("[")]
+    stages = ["reading the headers", "audit: ", "writing ", "parity: transformers", "parity: ours", "parity: comparing"]
+    first = [next(i for i, line in enumerate(lines) if stage in line) for stage in stages]
+    assert first == sorted(first)
+    assert all(re.match(r"\[ *\d+ s\] ", line) for line in lines)
+    for whose in ("transformers", "ours"):
+        assert [line for line in lines if f"parity: {whose}, 12 tokens, layer 3 of 4 done" in line]
 
 
 def test_windows_beyond_reach_are_stated(hf_model, tmp_path, quiet):

@@ -58,6 +58,7 @@ def test_a_window_below_the_context_is_not_claimed_and_its_jump_is_reported():
     assert proof.jump == proof.after - proof.before
     assert proof.to_dict() == {
         "before": proof.before, "after": proof.after, "preserves": False, "tolerance": 1e-5, "jump": proof.jump,
+        "changed": ("queries see other keys",),
     }  # fmt: skip
 
 
@@ -66,6 +67,18 @@ def test_the_next_stages_context_decides_whether_a_window_preserves():
     spec, narrow = model.decoder.spec, windowed(model.decoder.spec, 8)
     assert prove(model, (spec, "none"), (narrow, "none"), context=8).preserves
     assert not prove(model, (spec, "none"), (narrow, "none"), context=12).preserves
+
+
+def test_the_words_say_what_changes_and_how_far_the_loss_jumps():
+    model = run_model("paper")
+    spec, narrow = model.decoder.spec, windowed(model.decoder.spec, 3)
+    both = prove(model, (spec, "none"), (narrow, "meta"))
+    assert both.changed == ("queries see other keys", "prime MLPs add to the stream")
+    jump = f"a jump of {both.jump:+.4f} nats per token"
+    what = "not function-preserving, queries see other keys and prime MLPs add to the stream"
+    losses = f"loss on a fixed batch of {CONTEXT} tokens {both.before:.6f} before, {both.after:.6f} after"
+    assert both.describe(CONTEXT) == f"{losses} ({what}: {jump})"
+    assert prove(model, (spec, "none"), (spec, "none")).describe(CONTEXT).endswith("after (unchanged, +0.00e+00)")
 
 
 def test_sinks_that_come_or_go_are_a_jump_that_is_reported():

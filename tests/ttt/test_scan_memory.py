@@ -9,8 +9,8 @@ from helpers.compare import scan
 from helpers.memory import LiveBytes
 from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
 
-import ttt_lit.ops.cross_entropy as cross_entropy
 from ttt_lit.model.spec import LayerSpec
+from ttt_lit.ops import cross_entropy, logit_tiles
 from ttt_lit.ttt.settings import KEEP_ALL, EngineConfig
 
 CHUNK, WINDOW, BATCH, WIDTH, HIDDEN, HEADS, HEAD_DIM, PREFIX = 16, 32, 1, 96, 32, 2, 16, 3
@@ -99,17 +99,15 @@ def test_policies_for_the_fast_weights_keep_what_they_promise(decoder):
     assert two_level - (every - FAST) == pytest.approx(2 / 12 * FAST, rel=0.15)
 
 
-def test_logits_never_exist_for_more_than_a_piece_of_a_chunk(decoder, monkeypatch):
-    """Forward, inner gradient and adjoint; a piece of 2 tokens against chunks of 16. At most three such buffers live at once."""
-    monkeypatch.setitem(cross_entropy._PIECE_ELEMENTS, "cpu", 2 * 200)
-    vocabulary = []
-    scores = cross_entropy._scores
-    monkeypatch.setattr(
-        cross_entropy, "_scores", lambda x, y: vocabulary.append(x.shape[0] * y.shape[0]) or scores(x, y)
-    )
+def test_logits_never_exist_for_more_than_a_tile_of_a_chunk(decoder, monkeypatch):
+    """Forward, inner gradient and adjoint; a tile of 4 tokens × 50 of the vocabulary's 200 columns against chunks of 16."""
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda vocab_size, device: (4, 50))
+    tiles = set()
+    scores = cross_entropy.scores_of
+    monkeypatch.setattr(cross_entropy, "scores_of", lambda x, y: tiles.add((x.shape[0], y.shape[0])) or scores(x, y))
     for mode in ("meta", "static"):
         alive(decoder, 3, mode=mode)
-    assert max(vocabulary) == 2 * 200
+    assert tiles == {(4, 50)}
 
 
 @pytest.mark.parametrize("mode", ["meta", "first_order", "static", "none"])

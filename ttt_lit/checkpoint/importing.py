@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
+from ttt_lit.checkpoint.announcer import Announcer
 from ttt_lit.checkpoint.audit import Audit, Plan, make_plan, parse_allow, print_audit
 from ttt_lit.checkpoint.folders import new_folder
 from ttt_lit.checkpoint.headers import StoredTensor
-from ttt_lit.checkpoint.parity import ParityConfig, check_parity
+from ttt_lit.checkpoint.parity import ParityConfig, ParityReport, check_parity
 from ttt_lit.checkpoint.receipt import LineageStep
 from ttt_lit.checkpoint.source import SourceFolder, find_source, open_source
 from ttt_lit.checkpoint.store import Checkpoint, load_checkpoint, write_descriptions, write_weights
@@ -30,7 +30,7 @@ from ttt_lit.checkpoint.tensor_files import (
     read_tensor,
     stored_tensors,
 )
-from ttt_lit.checkpoint.tokenizer_files import TOKENIZER_FILES, highest_token_ids
+from ttt_lit.checkpoint.tokenizer_files import TOKENIZER_FILES, names_eos, read_tokenizer_file
 from ttt_lit.families import family_of_config
 from ttt_lit.identity import hash_file, tokenizer_hash
 
@@ -57,24 +57,33 @@ def import_checkpoint(
         shard_bytes: weights above this size are split.
         trained_by: the runs that trained the source, oldest first, where they are known (``name``, ``stage``, ``gpu_seconds``, ``tokens``):
             a run that starts from the import counts them as parents.
-        console: where the audit is printed; standard output by default.
+        console: where the steps and the audit are printed; standard output by default.
 
     Raises:
         FileNotFoundError, ValueError: no such source; anything that makes the import untrue. One line.
     """
     console = console or Console()
+    say = Announcer(console)
     exceptions = parse_allow(allow)
+    say.step(f"reading the headers of {source}")
     folder = open_source(*find_source(source))
     plan = make_plan(folder, family_of_config(folder.config), exceptions)
     if parity and plan.family.config_from_spec is None:
         raise ValueError(f"family {plan.family.name} has no model in transformers to compare with; switch parity off")
     tokenizer, notes = _tokenizer_identity(folder, plan)
+    size = sum(path.stat().st_size for path in folder.files) / 1e9
+    say.step(
+        f"audit: {len(folder.tensors)} tensors of a {plan.family.name} model, {plan.spec.num_layers} layers, "
+        f"{plan.spec.num_parameters():,} parameters, {size:.2f} GB; every one is accounted for"
+    )
     with new_folder(output) as partial, ThreadPoolExecutor(max_workers=1) as background:
         hashes = [background.submit(hash_file, path) for path in folder.files]
-        files = _copy_weights(partial, folder, plan, shard_bytes, console)
+        files = _copy_weights(partial, folder, plan, shard_bytes, say)
         report: dict[str, Any] | str = "not checked: switched off"
         if parity:
-            report = _prove(partial, folder, plan, parity_config or ParityConfig(), console)
+            proof = _prove(partial, folder, plan, parity_config or ParityConfig(), say)
+            console.print(proof.summary(), soft_wrap=True)
+            report = dataclasses.asdict(proof)
         audit = Audit(
             source=folder.name,
             family=plan.family.name,
@@ -100,14 +109,13 @@ def import_checkpoint(
     return load_checkpoint(output)
 
 
-def _prove(partial: Path, folder: SourceFolder, plan: Plan, config: ParityConfig, console: Console) -> dict[str, Any]:
+def _prove(partial: Path, folder: SourceFolder, plan: Plan, config: ParityConfig, say: Announcer) -> ParityReport:
     """Parity of what was just written, read back from disk. ValueError that names the first departing layer."""
     stored = stored_tensors(sorted(partial.glob("*.safetensors")))
     state = {name: read_tensor(stored[name]) for name in plan.spec.parameter_shapes()}
-    report = check_parity(folder.path.resolve(), plan.spec, state, config=config)
+    report = check_parity(folder.path.resolve(), plan.spec, state, config=config, say=say)
     report.require(folder.name)
-    console.print(report.summary(), soft_wrap=True)
-    return dataclasses.asdict(report)
+    return report
 
 
 def _file_list(folder: SourceFolder, hashes: list[str]) -> tuple[dict[str, Any], ...]:
@@ -123,28 +131,25 @@ def audit_headers(source: str, *, allow: list[str] | None = None) -> Plan:
     return make_plan(folder, family_of_config(folder.config), parse_allow(allow))
 
 
-def _copy_weights(
-    partial: Path, folder: SourceFolder, plan: Plan, shard_bytes: int, console: Console
-) -> dict[str, str]:
+def _copy_weights(partial: Path, folder: SourceFolder, plan: Plan, shard_bytes: int, say: Announcer) -> dict[str, str]:
     entries: dict[str, TensorEntry] = {}
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("copying tensors", total=plan.spec.num_parameters())
-        for name, shape in plan.spec.parameter_shapes().items():
+    shapes = plan.spec.parameter_shapes()
+    say.step(f"writing {len(shapes)} tensors, one at a time")
+    for number, (name, shape) in enumerate(shapes.items(), start=1):
+        stored = folder.tensors[plan.sources[name].key]
+
+        def read(name: str = name, stored: StoredTensor = stored, number: int = number) -> torch.Tensor:
             origin = plan.sources[name]
-            stored = folder.tensors[origin.key]
+            whole = read_tensor(stored)
+            tensor = origin.to_ours(whole if origin.index is None else whole[origin.index])
+            _require_finite(f"{folder.name}: {origin.key}", tensor)
+            say.progress(f"writing: tensor {number} of {len(shapes)}")
+            return tensor
 
-            def read(name: str = name, stored: StoredTensor = stored) -> torch.Tensor:
-                origin = plan.sources[name]
-                whole = read_tensor(stored)
-                tensor = origin.to_ours(whole if origin.index is None else whole[origin.index])
-                _require_finite(f"{folder.name}: {origin.key}", tensor)
-                progress.advance(task, tensor.numel())
-                return tensor
-
-            entries[name] = TensorEntry(dtype=stored.dtype, shape=shape, read=read)
-        if plan.tied_copy is not None:
-            _require_equal(folder, *plan.tied_copy)
-        return write_weights(partial, spec=plan.spec, state=entries, shard_bytes=shard_bytes)
+        entries[name] = TensorEntry(dtype=stored.dtype, shape=shape, read=read)
+    if plan.tied_copy is not None:
+        _require_equal(folder, *plan.tied_copy)
+    return write_weights(partial, spec=plan.spec, state=entries, shard_bytes=shard_bytes)
 
 
 def _require_finite(key: str, tensor: torch.Tensor) -> None:
@@ -167,21 +172,35 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tokenizer_identity(folder: SourceFolder, plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    """The audit's entry, and notes; a vocabulary beyond the embedding is an error."""
+    """The audit's entry, and notes; an id that a text can become and that has no row is an error."""
     digest = tokenizer_hash(folder.path)
     files = [path.name for path in folder.files if path.name in TOKENIZER_FILES]
-    highest = highest_token_ids(folder.path)
-    notes = []
-    if highest is not None and highest[0] >= plan.spec.vocab_size:
+    if digest is None:
+        why = f"{', '.join(files)} alone are not read" if files else "the source has none"
+        return {"sha256": None, "files": files, "highest_id": None}, [
+            f"no tokenizer comes with the checkpoint ({why}); put the model's tokenizer.json into the source and import again"
+        ]
+    found, rows, notes = read_tokenizer_file(folder.path), plan.spec.vocab_size, []
+    if found is not None and found.highest_text_id >= rows:
         raise ValueError(
-            f"{folder.name}: tokenizer.json has ids up to {highest[0]}, the embedding {plan.spec.vocab_size} rows; "
-            "the tokenizer belongs to another model"
+            f"{folder.name}: tokenizer.json has ids up to {found.highest_text_id}, the embedding {rows} rows, and a text can "
+            f"become that token ({found.highest_text_token!r}); the tokenizer belongs to another model"
         )
-    if highest is not None and highest[1] >= plan.spec.vocab_size:
+    if found is not None and found.highest_id >= rows:
         notes.append(
-            f"the tokenizer's added tokens reach id {highest[1]}, beyond the embedding; such tokens cannot be read"
+            f"the tokenizer's added tokens reach id {found.highest_id}, beyond the embedding's {rows} rows; no text becomes "
+            "such a token, so nothing is lost"
         )
-    return {"sha256": digest, "files": files, "highest_id": None if highest is None else highest[1]}, notes
+    if not names_eos(folder.path):
+        eos = folder.config.get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        token = found.tokens.get(eos) if found is not None and isinstance(eos, int) else None
+        known = f' (config.json\'s eos_token_id {eos} is "{token}")' if token is not None else ""
+        notes.append(
+            'tokenizer_config.json names no eos_token, which prepare needs: write {"eos_token": "TOKEN"} into that file of the '
+            f"source{known} and import again"
+        )
+    return {"sha256": digest, "files": files, "highest_id": None if found is None else found.highest_id}, notes
 
 
 def _lineage_step(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt_lit.checkpoint.announcer import Announcer
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import ModelSpec
 
@@ -88,7 +90,12 @@ class ParityReport:
 
 
 def check_parity(
-    source: Path, spec: ModelSpec, state: Mapping[str, Tensor], *, config: ParityConfig | None = None
+    source: Path,
+    spec: ModelSpec,
+    state: Mapping[str, Tensor],
+    *,
+    config: ParityConfig | None = None,
+    say: Announcer | None = None,
 ) -> ParityReport:
     """Compare ``Decoder(spec)`` with weights ``state`` to what transformers makes of the folder ``source``.
 
@@ -97,16 +104,17 @@ def check_parity(
         spec: the imported network.
         state: its parameters, any float dtype; both models compute in float32.
         config: lengths and seed.
+        say: told which model is at which layer; None: nobody is.
     """
     config = config or ParityConfig()
     lengths, not_crossed = parity_lengths(spec, config)
     generator = torch.Generator().manual_seed(config.seed)
     batches = [torch.randint(spec.vocab_size, (1, length), generator=generator) for length in lengths]
     with torch.inference_mode():
-        theirs = _run_transformers(source, batches)
+        theirs = _run_transformers(source, batches, say)
         gc.collect()
-        ours = _run_ours(spec, state, batches)
-        return _compare(theirs, ours, lengths, not_crossed)
+        ours = _run_ours(spec, state, batches, say)
+        return _compare(theirs, ours, lengths, not_crossed, say)
 
 
 def parity_lengths(spec: ModelSpec, config: ParityConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -121,7 +129,9 @@ Run = list[tuple[list[Tensor], Tensor]]
 """Per sequence: embeddings and every layer's output, (1, T, D) each; logits (1, T, V)."""
 
 
-def _run_transformers(source: Path, batches: list[Tensor]) -> Run:
+def _run_transformers(source: Path, batches: list[Tensor], say: Announcer | None) -> Run:
+    if say is not None:
+        say.step("parity: transformers reads the source in float32")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -150,7 +160,8 @@ def _run_transformers(source: Path, batches: list[Tensor]) -> Run:
     try:
         for tokens in batches:
             seen.clear()
-            logits = model(input_ids=tokens, use_cache=False).logits
+            with _watched(layers, "transformers", tokens, say):
+                logits = model(input_ids=tokens, use_cache=False).logits
             runs.append((list(seen), logits))
     finally:
         for handle in handles:
@@ -158,25 +169,47 @@ def _run_transformers(source: Path, batches: list[Tensor]) -> Run:
     return runs
 
 
-def _run_ours(spec: ModelSpec, state: Mapping[str, Tensor], batches: list[Tensor]) -> Run:
+def _run_ours(spec: ModelSpec, state: Mapping[str, Tensor], batches: list[Tensor], say: Announcer | None) -> Run:
     with torch.device("meta"):
         model = Decoder(spec)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
     model.eval()
     runs: Run = []
     for tokens in batches:
-        hidden = model.hidden_states(tokens)
+        with _watched(model.layers, "ours", tokens, say):
+            hidden = model.hidden_states(tokens)
         runs.append((hidden, F.linear(model.norm(hidden[-1]), model.head_weight)))
     return runs
 
 
-def _compare(theirs: Run, ours: Run, lengths: tuple[int, ...], not_crossed: tuple[int, ...]) -> ParityReport:
+@contextmanager
+def _watched(layers: Iterable[Any], whose: str, tokens: Tensor, say: Announcer | None) -> Iterator[None]:
+    """Announce one sequence (1, T), and every layer of it that ends after a while."""
+    blocks, handles = list(layers), []
+    if say is not None:
+        text = f"parity: {whose}, {tokens.shape[1]:,} tokens"
+        say.step(f"{text}, {len(blocks)} layers")
+        for number, block in enumerate(blocks, start=1):
+            after = f"{text}, layer {number} of {len(blocks)} done"
+            handles.append(block.register_forward_hook(lambda *_, after=after: say.progress(after)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(
+    theirs: Run, ours: Run, lengths: tuple[int, ...], not_crossed: tuple[int, ...], say: Announcer | None
+) -> ParityReport:
     parts = ["the embeddings", *(f"layer {i}" for i in range(len(ours[0][0]) - 1))]
     errors = dict.fromkeys(parts, 0.0)
     difference = largest = 0.0
     agree = positions = 0
     divergence = 0.0
     for (their_hidden, their_logits), (our_hidden, our_logits) in zip(theirs, ours, strict=True):
+        if say is not None:
+            say.step(f"parity: comparing the logits of {their_logits.shape[1]:,} tokens")
         for part, a, b in zip(parts, their_hidden, our_hidden, strict=True):
             errors[part] = _worse(errors[part], ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
         difference = _worse(difference, (their_logits - our_logits).abs().max().item())

@@ -18,9 +18,11 @@ from ttt_lit.checkpoint.store import MANIFEST
 from ttt_lit.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, stored_tensors
 from ttt_lit.checkpoint.tokenizer_files import TOKENIZER_FILES
 
+GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 50_000_000
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 GENERATION_FILE = "generation_config.json"
 DOWNLOAD_PATTERNS = ["*.safetensors", INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -55,6 +57,8 @@ def find_source(source: str) -> tuple[Path, str]:
     if path.is_dir():
         return path, path.resolve().name
     if path.exists():
+        if path.suffix == GGUF_SUFFIX:
+            raise ValueError(_gguf_advice(path.parent, path.name))
         raise ValueError(f"{source}: is a file, expected the checkpoint's folder or a hub id")
     if not _HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"{source}: no such folder, and not a hub id of the form OWNER/NAME")
@@ -70,6 +74,15 @@ def open_source(path: Path, name: str) -> SourceFolder:
     """
     if (path / MANIFEST).is_file():
         raise ValueError(f"{path}: is a ttt_lit checkpoint already; import reads Hugging Face folders")
+    if (gguf := sorted(p.name for p in path.iterdir() if p.suffix == GGUF_SUFFIX)) and not any(
+        path.glob("*.safetensors")
+    ):
+        raise ValueError(_gguf_advice(path, gguf[0]))
+    if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{path}: is an adapter (LoRA), not a model; merge it into its base model (peft: merge_and_unload, then save_pretrained) "
+            "and import that"
+        )
     config_text = read_json_text(path, CONFIG_FILE)
     config = parse_object(path / CONFIG_FILE, config_text)
     generation = read_json_text(path, GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
@@ -149,7 +162,8 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None, list[s
         used = sorted(set(index.values()))
     elif pickles and not present:
         raise ValueError(
-            f"{path}: only pickle files ({', '.join(pickles)}), which can run code; convert to safetensors"
+            f"{path}: only pickle files ({', '.join(pickles)}), which can run code; if you trust them, convert to safetensors: "
+            f"{_convert(path)}"
         )
     else:
         raise FileNotFoundError(
@@ -158,6 +172,26 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None, list[s
     if aside := sorted(set(present) - set(used)):
         notes.append(f"not read: {', '.join(aside)} (no part of the checkpoint's index)")
     return [contained_file(path, name) for name in used], index, notes
+
+
+def _gguf_advice(folder: Path, name: str) -> str:
+    return (
+        f"{folder / name}: is GGUF, which import does not read; let transformers make an ordinary folder of it "
+        f"(pip install gguf accelerate) and import that: {_convert(folder, name)}"
+    )
+
+
+def _convert(folder: Path, gguf: str | None = None) -> str:
+    """A command that lets transformers read a folder and save it as safetensors, with the tokenizer."""
+    given = f"{str(folder)!r}" + ("" if gguf is None else f", gguf_file={gguf!r}")
+    dtype = "auto" if gguf is None else "float32"
+    # A dequantised model still says that it is quantised.
+    plain = "" if gguf is None else "m.hf_quantizer = None; m.config.__dict__.pop('quantization_config', None); "
+    return (
+        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"m = M.from_pretrained({given}, dtype={dtype!r}); {plain}m.save_pretrained('OUT'); "
+        f"T.from_pretrained({given}).save_pretrained('OUT')\""
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -66,6 +66,12 @@ class Checkpoint:
     files: dict[str, str]
     """Relative path -> SHA-256 of every file of the folder except checkpoint.json."""
 
+    @property
+    def generation_config(self) -> str | None:
+        """Text of the origin's generation_config.json."""
+        name = "source/generation_config.json"
+        return _read(self.path, name) if name in self.files else None
+
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Where each parameter lies on disk, in the order of the spec.

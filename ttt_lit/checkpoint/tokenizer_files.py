@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ttt_lit.identity import DEFINING_FILES, FAST_FILE, hash_file, tokenizer_hash
+from ttt_lit.tokenizer_json import text_ids, vocabulary_of
 
 TOKENIZER_FILES = (
     *DEFINING_FILES,
@@ -39,8 +40,21 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
     return copied
 
 
-def highest_token_ids(folder: Path) -> tuple[int, int] | None:
-    """The largest id of tokenizer.json's vocabulary, and with added tokens; None where there is no such file.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """What an import must know of a tokenizer.json."""
+
+    highest_text_id: int
+    """Largest id that a text can become."""
+    highest_text_token: str
+    highest_id: int
+    """Largest id of all, special and other added tokens included."""
+    tokens: dict[int, str]
+    """Id -> token, all of them."""
+
+
+def read_tokenizer_file(folder: Path) -> TokenizerFile | None:
+    """The folder's tokenizer.json; None where there is no such file.
 
     Raises:
         ValueError: the file is not a tokenizer of the ``tokenizers`` library.
@@ -49,13 +63,26 @@ def highest_token_ids(folder: Path) -> tuple[int, int] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        text = max(int(value) for value in _vocabulary_ids(content["model"]["vocab"]))
-        return text, max([text, *(int(token["id"]) for token in content.get("added_tokens") or ())])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a usable tokenizer file: {type(error).__name__} {str(error)[:100]}") from None
+        full = json.loads(path.read_text(encoding="utf-8"))
+        text = text_ids(full)
+        tokens = {index: token for token, index in vocabulary_of(full).items()}
+        tokens |= {int(token["id"]): str(token.get("content")) for token in full.get("added_tokens") or ()}
+        highest = max(text)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a usable tokenizer file: {type(error).__name__} {str(error)[:100]}; is the download complete?"
+        ) from None
+    return TokenizerFile(
+        highest_text_id=highest, highest_text_token=text[highest], highest_id=max(tokens), tokens=tokens
+    )
 
 
-def _vocabulary_ids(vocabulary: Any) -> list[int]:
-    """Unigram vocabularies are lists in the order of the ids, all others map token -> id."""
-    return [len(vocabulary) - 1] if isinstance(vocabulary, list) else list(vocabulary.values())
+def names_eos(folder: Path) -> bool:
+    """Whether a description beside the tokenizer names its EOS token, which ``prepare`` puts between documents."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            if json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token"):
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_lit.data.readers import SUFFIXES, read_file
+from ttt_lit.data.readers import NULL_ADVICE, SUFFIXES, read_file
 
 STDLIB = "stdlib"
 STDLIB_MIN_CHARACTERS = 2000
 HUGGING_FACE = "hf:"
 WILDCARDS = "*?["
+_LIKE_TEXT = re.compile(r"\.(txt|text|jsonl?|ndjson|parquet|csv|tsv|arrow)(\.(gz|zstd?|bz2|xz|zip))?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def find_files(source: str) -> list[tuple[str, Path]]:
             raise ValueError(f"source {source}: {min(foreign)} is none of {', '.join(SUFFIXES)}; narrow the glob")
     elif Path(source).is_dir():
         root = Path(source)
-        wanted = [path for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()]
+        wanted = [path for path in _walk(root) if path.name.endswith(SUFFIXES)]
     elif Path(source).is_file() and source.endswith(SUFFIXES):
         root, wanted = Path(source).parent, [Path(source)]
     else:
@@ -114,6 +117,28 @@ def find_files(source: str) -> list[tuple[str, Path]]:
     if not wanted:
         raise FileNotFoundError(f"source {source}: holds no file ending in {', '.join(SUFFIXES)}; put the texts there")
     return sorted((path.relative_to(root).as_posix(), path) for path in wanted)
+
+
+def left_out(source: str) -> list[str]:
+    """Files of a folder that look like texts and are not read, because of their endings; sorted names."""
+    root = Path(source)
+    if not root.is_dir():
+        return []
+    names = (path.relative_to(root).as_posix() for path in _walk(root) if not path.name.endswith(SUFFIXES))
+    return sorted(name for name in names if _LIKE_TEXT.search(name))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file below ``root``, through linked folders too, each folder once."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for path in (Path(folder) / name for name in files) if path.is_file())
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -141,6 +166,8 @@ def hugging_face_documents(source: str, text_field: str) -> Iterator[Document]:
         ) from error
     rows: Any = datasets.load_dataset(name, subset or None, split="train", streaming=True)
     for number, row in enumerate(rows):
+        if text_field in row and row[text_field] is None:
+            raise ValueError(f"source {source}, row {number}: the text in column {text_field!r} is null; {NULL_ADVICE}")
         if not isinstance(row.get(text_field), str):
             raise ValueError(
                 f"source {source}, row {number}: no text in column {text_field!r}; columns are {sorted(row)}: set"

@@ -20,9 +20,9 @@ from typing import Any, get_args
 import numpy as np
 
 from ttt_lit.data.corpus import STDLIB, Corpus, Document
-from ttt_lit.data.encode import encode_documents
 from ttt_lit.data.manifest import FORMAT_VERSION, MANIFEST, Layout, Manifest, file_entry, partial_folder
 from ttt_lit.data.progress import progress_bar
+from ttt_lit.data.round_trip import encode_exactly
 from ttt_lit.data.shards import DTYPE, MAX_SHARD_TOKENS, import_litdata
 from ttt_lit.data.split import SPLITS, split_of, split_rule
 from ttt_lit.data.tokenizer import TextTokenizer, load_tokenizer
@@ -119,7 +119,12 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> Manifest:
     tokenizer = load_tokenizer(config.tokenizer)
     run = _Run(config, partial_folder(output), tokenizer)
     run.start()
-    run.write_documents(progress=progress)
+    try:
+        run.write_documents(progress=progress)
+    except ValueError:
+        if run.documents == 0:
+            shutil.rmtree(run.folder)
+        raise
     manifest = run.finish()
     run.folder.rename(output)
     shutil.rmtree(output / PROGRESS)
@@ -262,7 +267,7 @@ class _Run:
         total = corpus.total_bytes if limit is None else limit
         with progress_bar(f"Preparing {self.config.output}", total, shown=progress) as advance:
             documents = self._skip_done(_documents(self.config, corpus))
-            for document, ids in encode_documents(documents, self.tokenizer.definition, self.config.num_workers):
+            for document, ids in encode_exactly(documents, self.tokenizer, self.config.num_workers):
                 if limit is not None and self.tokens >= limit:
                     break
                 self._write_document(document, ids)
@@ -273,12 +278,6 @@ class _Run:
         return sum(writer.counts.tokens for writer in self.writers.values())
 
     def _write_document(self, document: Document, ids: np.ndarray) -> None:
-        if self.tokenizer.forbidden[ids].any():
-            token = int(ids[self.tokenizer.forbidden[ids]][0])
-            raise ValueError(
-                f"document {document.id}: its text became the special token {token}; tokenizer {self.tokenizer.name}"
-                " cannot be used"
-            )
         self.documents += 1
         self.chain = _link(self.chain, document)
         if self.writers[split_of(document, self.config.validation_fraction)].add(document, ids):

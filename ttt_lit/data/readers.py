@@ -18,6 +18,7 @@ Advance = Callable[[int], None]
 """Told how many bytes of the file on disk have been read."""
 
 CHUNK_BYTES = 1 << 20
+NULL_ADVICE = "take such rows out of the source"
 
 
 def read_file(path: Path, text_field: str, advance: Advance) -> Iterator[Text]:
@@ -35,15 +36,19 @@ def read_file(path: Path, text_field: str, advance: Advance) -> Iterator[Text]:
 
 
 def _lines(path: Path, raw: BinaryIO, advance: Advance) -> Iterator[bytes]:
-    rest = b""
+    # Joined once a line is whole: adding to it piece by piece takes the square of its length.
+    parts: list[bytes] = []
     try:
         for piece in _pieces(path, raw):
             advance(raw.tell())
-            *lines, rest = (rest + piece).split(b"\n")
-            yield from lines
+            head, *heads = piece.split(b"\n")
+            parts.append(head)
+            for head in heads:
+                yield b"".join(parts)
+                parts = [head]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut off ({error}); fetch the file again") from error
-    yield rest
+    yield b"".join(parts)
 
 
 def _pieces(path: Path, raw: BinaryIO) -> Iterator[bytes]:
@@ -80,6 +85,8 @@ def _json_text(line: bytes, text_field: str, where: str) -> str:
         row = json.loads(_decode(line, where))
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}); expected one object per line") from error
+    if isinstance(row, dict) and text_field in row and row[text_field] is None:
+        raise ValueError(f"{where}: the text in field {text_field!r} is null; {NULL_ADVICE}")
     if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
         found = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where}: expected an object with text in field {text_field!r}, got {found}: set text_field")
@@ -99,6 +106,8 @@ def _parquet(path: Path, text_field: str) -> Iterator[Text]:
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
+                    if text is None:
+                        raise ValueError(f"{path}:{number}: the text in column {text_field!r} is null; {NULL_ADVICE}")
                     if not isinstance(text, str):
                         raise ValueError(
                             f"{path}:{number}: expected text in column {text_field!r}, got {type(text).__name__}"

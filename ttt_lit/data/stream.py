@@ -198,22 +198,23 @@ class TokenDataModule(lightning.LightningDataModule):
         self._verified = True
 
     def check_model(self, vocab_size: int, tokenizer_hash: str | None) -> None:
-        """The data must be the model's: ids, BOS too, below ``vocab_size``, and the same tokenizer where its hash is
-        known. Raises ValueError."""
+        """The data must be the model's: every id that a block can hold below ``vocab_size``, and the same tokenizer where
+        its hash is known. Ids that no text becomes need no row. Raises ValueError."""
         for dataset, folder in self.folders.items():
             if folder is None:
                 continue
             manifest = self.manifest(dataset)
-            if manifest.vocab_size > vocab_size:
+            if (text := int(self.token_bytes(dataset).nonzero().max())) >= vocab_size:
                 raise ValueError(
-                    f"data folder {folder}: vocabulary of {manifest.vocab_size} tokens, the model has {vocab_size};"
+                    f"data folder {folder}: a text can need a vocabulary of {text + 1} tokens, the model has {vocab_size};"
                     " prepare it with the model's tokenizer"
                 )
-            if manifest.bos_id is not None and not 0 <= manifest.bos_id < vocab_size:
-                raise ValueError(
-                    f"data folder {folder}: blocks begin with token {manifest.bos_id}, the model has {vocab_size} tokens;"
-                    " prepare it with the model's tokenizer"
-                )
+            for name, token in (("begin with", manifest.bos_id), ("hold the EOS", manifest.eos_id)):
+                if token is not None and not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"data folder {folder}: blocks {name} token {token}, the model has {vocab_size} tokens;"
+                        " prepare it with the model's tokenizer"
+                    )
             if tokenizer_hash is not None and manifest.tokenizer_hash != tokenizer_hash:
                 raise ValueError(
                     f"data folder {folder}: made with tokenizer {manifest.tokenizer_hash[:12]}…, the model's is"

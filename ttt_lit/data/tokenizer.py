@@ -1,6 +1,6 @@
 """The model's own tokenizer, made to read nothing but text.
 
-Special tokens never arise from a text, and every token's bytes are known.
+Special tokens never arise from a text, every token's bytes are known, and one text has one encoding.
 
 Two kinds are understood: byte-level BPE (a token is a string over an alphabet of 256 characters, one per byte) and
 SentencePiece-style BPE with byte fallback (a piece is text with ``▁`` for the space, or ``<0xNN>`` for one byte).
@@ -17,10 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from ttt_lit.identity import DEFINING_FILES, tokenizer_hash
+from ttt_lit.identity import DEFINING_FILES, FAST_FILE, tokenizer_hash
+from ttt_lit.tokenizer_json import special_strings
 
 SPACE_PIECE = "▁"
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+# GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 and up.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+"""Character of a byte-level token -> the byte that it stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +45,36 @@ class TextTokenizer:
     bos_id: int | None
     """The token that the tokenizer itself puts before a text, so that the model has seen no sequence without it. None: it
     puts none."""
+    byte_level: bool
+    """Whether tokens are spelt in bytes, or in text with ``▁`` for the space."""
+    spelling: tuple[bytes, ...]
+    """The normalised text that each token stands for; empty for tokens that never arise from text."""
     token_bytes: np.ndarray
     """(vocab_size,) int32: bytes of normalised text per token; 0 for tokens that never arise from text."""
     forbidden: np.ndarray
     """(vocab_size,) bool: tokens that never arise from text."""
     definition: str
     """JSON of the ``tokenizers.Tokenizer`` that encodes text: no special tokens, post-processor, padding,
-    truncation."""
+    truncation, dropout."""
+
+    def spell(self, ids: np.ndarray) -> str:
+        """The text that ``ids``, (tokens,) int32, stand for, as normalised."""
+        return b"".join(map(self.spelling.__getitem__, ids.tolist())).decode("utf-8", "replace")
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """Load a Hugging Face tokenizer folder, or fetch a hub id. Code that comes with a tokenizer is never run."""
+    """Load a Hugging Face tokenizer folder, or fetch a hub id. Code that comes with a tokenizer is never run.
+
+    Ids are those of tokenizer.json where there is one, whatever class tokenizer_config.json names: transformers 5
+    rebuilds that class with its own normalizer and pre-tokenizer.
+    """
     folder = tokenizer_folder(name)
     _check_readable(folder, name)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    kind: Any = PreTrainedTokenizerFast if (folder / FAST_FILE).is_file() else AutoTokenizer
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer: Any = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {name}: transformers cannot load it ({_first_line(error)}); expected tokenizer.json and"
@@ -66,7 +86,10 @@ def load_tokenizer(name: str) -> TextTokenizer:
             f"tokenizer {name}: {type(tokenizer).__name__} has no fast form; expected a folder with tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}")
+        raise ValueError(
+            f"tokenizer {name}: names no EOS token; set eos_token in {folder / 'tokenizer_config.json'}, or, where that belongs"
+            " to an imported checkpoint, in its source, and import again"
+        )
     full = json.loads(backend.to_str())
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(vocabulary.values()) + 1
@@ -76,18 +99,20 @@ def load_tokenizer(name: str) -> TextTokenizer:
     added = {token["content"] for token in definition["added_tokens"]}
     forbidden = np.ones(vocab_size, dtype=bool)
     forbidden[[index for token, index in vocabulary.items() if token not in blocked]] = False
-    token_bytes = np.zeros(vocab_size, dtype=np.int32)
+    spelling = [b""] * vocab_size
     for token, index in vocabulary.items():
-        # Added tokens are spelt as themselves, not in the alphabet of bytes.
-        spelt_in_bytes = byte_level and token not in added
-        token_bytes[index] = 0 if forbidden[index] else count_bytes(token, byte_level=spelt_in_bytes)
+        if not forbidden[index]:
+            # Added tokens are spelt as themselves, not in the alphabet of bytes.
+            spelling[index] = spell_token(token, byte_level=byte_level and token not in added)
     return TextTokenizer(
         name=name,
         hash=_known_hash(folder),
         vocab_size=vocab_size,
         eos_id=int(tokenizer.eos_token_id),
         bos_id=_find_bos(tokenizer, name),
-        token_bytes=token_bytes,
+        byte_level=byte_level,
+        spelling=tuple(spelling),
+        token_bytes=np.array([len(spelt) for spelt in spelling], dtype=np.int32),
         forbidden=forbidden,
         definition=json.dumps(definition, ensure_ascii=False),
     )
@@ -144,39 +169,24 @@ def _find_bos(tokenizer: Any, name: str) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
-def special_strings(full: dict[str, Any]) -> set[str]:
-    """Strings that must not be recognised in a text: special tokens and added ones that the base vocabulary does not
-    know.
-
-    Added tokens that the base vocabulary knows and that are not special stay (runs of spaces in Gemma): the model reads
-    them as text. Those that swallow the spaces around them go, or bytes would be lost.
-    """
-    vocabulary = full["model"]["vocab"]
-    added = {token["content"] for token in full["added_tokens"] if not _is_text(token, vocabulary)}
-    unknown = full["model"].get("unk_token")
-    return added | ({unknown} if unknown else set())
-
-
-def _is_text(token: dict[str, Any], vocabulary: dict[str, int]) -> bool:
-    return token["content"] in vocabulary and not (token["special"] or token["lstrip"] or token["rstrip"])
-
-
 def text_only(full: dict[str, Any], blocked: set[str]) -> dict[str, Any]:
-    """The tokenizer without ``blocked`` strings: not recognised, nor reachable by merges (nor are byte pieces)."""
-    model = dict(full["model"])
+    """The tokenizer without ``blocked`` strings: not recognised, nor reachable by merges (nor are byte pieces). Without
+    dropout, which leaves out merges at random."""
+    model = dict(full["model"]) | {"dropout": None}
     unreachable = blocked.union(BYTE_PIECES) if model.get("byte_fallback") else blocked
     model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in unreachable]
     added = [token for token in full["added_tokens"] if token["content"] not in blocked]
     return full | {"model": model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
 
 
-def count_bytes(token: str, *, byte_level: bool) -> int:
-    """Bytes of text that a token stands for."""
+def spell_token(token: str, *, byte_level: bool) -> bytes:
+    """The text that a token stands for."""
     if byte_level:
-        return len(token)
+        # A token outside the alphabet cannot arise: the pre-tokenizer writes nothing else.
+        return bytes(BYTE_OF[character] for character in token if character in BYTE_OF)
     if token in BYTE_PIECES:
-        return 1
-    return len(token.replace(SPACE_PIECE, " ").encode())
+        return bytes([int(token[3:5], 16)])
+    return token.replace(SPACE_PIECE, " ").encode()
 
 
 def _check_readable(folder: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ttt_lit.experiment.statistics import Change, Interval
 
@@ -70,3 +71,14 @@ def size(value: float) -> str:
 
 def seconds_as_hours(value: float | None) -> str:
     return hours(None if value is None else value / 3600)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """``0–3, 7, 9–11``; no range stands for numbers between that are not meant."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in found)

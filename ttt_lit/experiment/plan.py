@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ttt_lit.experiment.announced import announced
 from ttt_lit.experiment.devices import Device, device_named
+from ttt_lit.experiment.formats import ranges
 from ttt_lit.experiment.plan_config import PlannedRun, read_run
 from ttt_lit.experiment.plan_memory import PARTS, Setting, StageMemory, stage_memory
-from ttt_lit.experiment.recommend import USABLE, describe, recommended
+from ttt_lit.experiment.recommend import USABLE, Stage, describe, recommended
 from ttt_lit.experiment.report import Table
 from ttt_lit.model.flops import FlopCount
 from ttt_lit.model.spec import ModelSpec
@@ -50,6 +51,7 @@ class PlannedStage:
     plan: StagePlan
     spec: ModelSpec
     """With the stage's window."""
+    teacher: ModelSpec | None
     flops: FlopCount
     memory: StageMemory
     ceiling: float | None
@@ -99,13 +101,15 @@ def planned_stage(
 ) -> PlannedStage:
     """One stage's work, expected time and memory on a device."""
     spec, engine = stage.network(run.spec), run.module.engine
-    flops = stage_flops(spec, stage, engine, precision=run.precision)
+    teacher = run.origin.spec if stage.config.teacher_kl else None
+    flops = stage_flops(spec, stage, engine, precision=run.precision, teacher=teacher)
     ceiling = None if device.peak_tflops is None else device.peak_tflops * 1e12 / flops.total
     with announced(f"stage {stage.name} of {run.name.partition('/')[0]}: measuring memory …"):
-        memory = stage_memory(spec, stage, engine, setting)
+        memory = stage_memory(spec, stage, engine, setting, teacher=teacher)
     return PlannedStage(
         plan=stage,
         spec=spec,
+        teacher=teacher,
         flops=flops,
         memory=memory,
         ceiling=ceiling,
@@ -148,7 +152,11 @@ def _flops(stages: Sequence[PlannedStage]) -> Table:
         "head": "head",
     }
     parts = [stage.flops.parts() | {"total": stage.flops.total} for stage in stages]
-    rows = [(names.get(name, name), *(f"{of[name] / 1e9:,.3g}" for of in parts)) for name in parts[0]]
+    rows = [
+        (names.get(name, name), *(f"{of[name] / 1e9:,.3g}" for of in parts))
+        for name in parts[0]
+        if name != "teacher" or any(of[name] for of in parts)
+    ]
     title = "Work (10⁹ operations per token; what is computed twice is counted twice)"
     return Table(title=title, header=("", *(stage.plan.name for stage in stages)), rows=tuple(rows))
 
@@ -176,7 +184,7 @@ def _notes(
     run: PlannedRun, stages: Sequence[PlannedStage], device: Device, setting: Setting, utilisation: float
 ) -> Iterator[str]:
     layers = run.spec.ttt_layers
-    learning = f"TTT layers {layers[0]} to {layers[-1]}" if layers else "no TTT layers"
+    learning = f"TTT layers {ranges(layers)}" if layers else "no TTT layers"
     yield f"Network: {run.spec.num_parameters() / 1e9:.3g} × 10⁹ parameters, {learning}; shape from {run.shape}."
     if device.peak_tflops is None:
         yield "Time: not known without a peak; give --peak-tflops."
@@ -201,7 +209,7 @@ def _advice(run: PlannedRun, stages: Sequence[PlannedStage], device: Device, set
     engine, limit = run.module.engine, (device.memory_gib or 0) * _GIB * USABLE
     if not all(_fits(stage.memory, device) for stage in stages):
         yield f"This run does not fit with {describe(engine)}."
-    found = recommended([(s.spec, s.plan) for s in stages], engine, setting, limit)
+    found = recommended([Stage(s.spec, s.plan, s.teacher) for s in stages], engine, setting, limit)
     if found is None:
         yield "No engine setting fits: lower --model.size.micro_batch_tokens, or use more devices (--devices)."
     elif found.engine == engine:

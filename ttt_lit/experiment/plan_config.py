@@ -47,6 +47,8 @@ class PlannedRun:
     """Where the network's shape comes from."""
     spec: ModelSpec
     """The network with its prime MLPs; windows as imported."""
+    origin: Origin
+    """What the run starts from."""
     module: TTTModule
     precision: str
     devices: int
@@ -58,7 +60,7 @@ class PlannedRun:
         """The run's stages in numbers. ValueError for what does not fit together."""
         module = self.module
         plans = plan_stages(module.stages, module.size, module.budget, devices=devices)
-        check_stages(plans, _start(self.spec), module.start_config, module.inner, module.size)
+        check_stages(plans, _start(self.spec, self.origin), module.start_config, module.inner, module.size)
         return plans
 
 
@@ -89,6 +91,7 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
         name=f"{cli.config.run.experiment}/{cli.config.run.id}",
         shape=source,
         spec=_spec(origin, module),
+        origin=origin,
         module=module,
         precision=precision,
         devices=_devices(trainer),
@@ -139,10 +142,7 @@ def _devices(trainer: Any) -> int:
     return count
 
 
-def _start(spec: ModelSpec) -> Start:
+def _start(spec: ModelSpec, origin: Origin) -> Start:
     """A start with this description and without a tensor."""
-    origin = Origin(
-        spec=spec, family="", lineage=(), source_config=None, tokenizer=None, tokenizer_hash=None, checkpoint=None
-    )
     receipt = Receipt.all_new(spec.parameter_shapes(), dtype="F32", note="planned")
     return Start(origin=origin, stored=spec, spec=spec, state={}, added={}, receipt=receipt, optimizer=None)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ttt_lit.experiment.rehearsal import MicroBatch, Peaks, rehearse, with_fused_windows
 from ttt_lit.model.flops import chunks_kept, product_numbers
 from ttt_lit.model.spec import ModelSpec
-from ttt_lit.ops import cross_entropy
+from ttt_lit.ops.logit_tiles import tile_shape
 from ttt_lit.train.optim import learns
 from ttt_lit.train.stages import StagePlan
 from ttt_lit.ttt.settings import EngineConfig, FastWeightStorage
@@ -32,6 +32,7 @@ PARTS = (
         "parameters",
         "gradients",
         "AdamW's moments",
+        "teacher",
         "gathered parameters",
         "fast weights",
         "cotangents of fast weights",
@@ -65,14 +66,18 @@ class StageMemory:
         return sum(self.parts.values())
 
 
-def stage_memory(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> StageMemory:
-    """``spec``: the network with the stage's window."""
+def stage_memory(
+    spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting, *, teacher: ModelSpec | None = None
+) -> StageMemory:
+    """``spec``: the network with the stage's window; ``teacher``: the stage's, if it has one."""
     mode, shapes = plan.config.mode, spec.parameter_shapes()
     parameters = _MASTER * spec.num_parameters() / setting.devices
     learnt = _MASTER * sum(math.prod(shape) for name, shape in shapes.items() if learns(name, mode))
     parts = {"parameters": parameters, "gradients": learnt / setting.devices, "AdamW's moments": 2 * parameters}
+    if teacher is not None:
+        parts["teacher"] = _teacher(teacher, setting)
     whole = _gathered(spec) if setting.devices > 1 else 0.0
-    stored, live = _micro_batch(spec, plan, engine, setting)
+    stored, live = _micro_batch(spec, plan, engine, setting, teacher)
     # Without shards the rehearsal makes the gradients; with shards it makes whole ones, beside those that a device keeps.
     rest = live if setting.devices > 1 else live - parts["gradients"]
     temporary = _adamw_temporaries(spec, learnt, setting)
@@ -95,7 +100,15 @@ def all_products(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
     return _kept_products(spec, plan, everything, setting)
 
 
-def _micro_batch(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> tuple[float, float]:
+def _teacher(teacher: ModelSpec, setting: Setting) -> float:
+    """Bytes of its weights in compute precision: a shard, and what is whole during a step."""
+    own = setting.number_bytes * teacher.num_parameters() / setting.devices
+    return own + (_gathered(teacher) * setting.number_bytes / _MASTER if setting.devices > 1 else 0.0)
+
+
+def _micro_batch(
+    spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting, teacher: ModelSpec | None
+) -> tuple[float, float]:
     """At the peak of a micro-batch: bytes of fast weights, and everything else beside parameters and optimiser."""
     batch = MicroBatch(
         sequences=plan.sequences,
@@ -107,6 +120,7 @@ def _micro_batch(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting
         on_cpu=setting.on_cpu,
         gradients_exist=plan.accumulate > 1,
         sharded=setting.devices > 1,
+        teacher=teacher,
     )
     if not batch.updates:
         return 0.0, _rehearsed(spec, batch).peak
@@ -215,14 +229,15 @@ def _kept_products(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setti
 
 
 def _logits(spec: ModelSpec, plan: StagePlan, setting: Setting) -> float:
-    """Bytes of what the head's backward holds at once: scores of a piece of the tokens, and the gradient of the head being summed."""
+    """Bytes of what the head's backward holds at once: scores of a tile, and the gradient of the head being summed."""
     updates = _updates(plan)
     tokens = plan.sequences * (plan.chunk if updates else plan.context)
-    rows = min(tokens, cross_entropy.piece_tokens(spec.vocab_size, "cpu" if setting.on_cpu else "cuda"))
-    scores = 4 if updates else 2  # with a tangent: probabilities, their tangents, a cotangent, and a product on its way
-    head = 2 * spec.vocab_size * spec.hidden_size
-    half = setting.number_bytes * rows * spec.vocab_size if setting.half else 0
-    return _MASTER * (scores * rows * spec.vocab_size + head) + half
+    rows, columns = tile_shape(spec.vocab_size, "cpu" if setting.on_cpu else "cuda")
+    tile = min(tokens, rows) * columns
+    scores = 3 if updates else 2  # with a tangent: probabilities, a cotangent, and a product on its way
+    # In half precision the product is made beside the sum that it is added to.
+    head = (spec.vocab_size + (columns if setting.half else 0)) * spec.hidden_size
+    return _MASTER * (scores * tile + head) + (setting.number_bytes * tile if setting.half else 0)
 
 
 def _adamw_temporaries(spec: ModelSpec, learnt: float, setting: Setting) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ttt_lit.experiment.plan_memory import Setting, all_products, stage_memory
 from ttt_lit.model.spec import ModelSpec
@@ -19,6 +20,23 @@ USABLE = 0.9
 # Work decides among the first three. Copies over the bus are no work, but take time: only where nothing else fits.
 _BY_WORK: tuple[FastWeightStorage, ...] = ("every", "factors", "two_level")
 _GIB = 2**30
+
+
+class Stage(NamedTuple):
+    """What computes in a stage: the network with its window, and the teacher, if there is one."""
+
+    spec: ModelSpec
+    plan: StagePlan
+    teacher: ModelSpec | None = None
+
+    def memory(self, engine: EngineConfig, setting: Setting) -> float:
+        """Bytes at the peak."""
+        return stage_memory(self.spec, self.plan, engine, setting, teacher=self.teacher).total
+
+    def operations(self, engine: EngineConfig, setting: Setting) -> float:
+        precision = "bf16-mixed" if setting.half else "32-true"
+        flops = stage_flops(self.spec, self.plan, engine, precision=precision, teacher=self.teacher)
+        return flops.total * (self.plan.tokens or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +59,7 @@ def describe(engine: EngineConfig) -> str:
     return " ".join(f"--model.engine.{name} {value}" for name, value in values.items())
 
 
-def recommended(
-    stages: Sequence[tuple[ModelSpec, StagePlan]], engine: EngineConfig, setting: Setting, limit: float
-) -> Recommendation | None:
+def recommended(stages: Sequence[Stage], engine: EngineConfig, setting: Setting, limit: float) -> Recommendation | None:
     """The best setting for all stages together within ``limit`` bytes, or None. Blocks are recomputed if they must be."""
     for blocks in dict.fromkeys((engine.recompute_blocks, True)):
         base = dataclasses.replace(engine, recompute_blocks=blocks, residual_gib=0.0)
@@ -56,7 +72,7 @@ def recommended(
 
 
 def _fitting(
-    stages: Sequence[tuple[ModelSpec, StagePlan]],
+    stages: Sequence[Stage],
     base: EngineConfig,
     storages: Sequence[FastWeightStorage],
     setting: Setting,
@@ -64,29 +80,22 @@ def _fitting(
 ) -> Iterator[Recommendation]:
     for storage in storages:
         engine = dataclasses.replace(base, fast_weights=storage)
-        if max(stage_memory(*stage, engine, setting).total for stage in stages) > limit:
+        if max(stage.memory(engine, setting) for stage in stages) > limit:
             continue
         engine = dataclasses.replace(engine, residual_gib=_largest_residual(stages, engine, setting, limit))
         yield Recommendation(
             engine=engine,
-            operations=sum(_operations(*stage, engine, setting) for stage in stages),
-            peak=max(stage_memory(*stage, engine, setting).total for stage in stages),
+            operations=sum(stage.operations(engine, setting) for stage in stages),
+            peak=max(stage.memory(engine, setting) for stage in stages),
         )
 
 
-def _largest_residual(
-    stages: Sequence[tuple[ModelSpec, StagePlan]], engine: EngineConfig, setting: Setting, limit: float
-) -> float:
+def _largest_residual(stages: Sequence[Stage], engine: EngineConfig, setting: Setting, limit: float) -> float:
     """GiB that may be kept in every stage, in tenths; infinite where all products fit everywhere."""
     tightest = math.inf
-    for spec, plan in stages:
+    for stage in stages:
         everything = dataclasses.replace(engine, residual_gib=math.inf)
-        if all_products(spec, plan, setting) and stage_memory(spec, plan, everything, setting).total > limit:
-            free = limit - stage_memory(spec, plan, engine, setting).total
+        if all_products(stage.spec, stage.plan, setting) and stage.memory(everything, setting) > limit:
+            free = limit - stage.memory(engine, setting)
             tightest = min(tightest, math.floor(free / _GIB * 10) / 10)
     return tightest
-
-
-def _operations(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, setting: Setting) -> float:
-    precision = "bf16-mixed" if setting.half else "32-true"
-    return stage_flops(spec, plan, engine, precision=precision).total * (plan.tokens or 1)

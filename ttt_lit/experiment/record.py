@@ -232,6 +232,19 @@ class Damage:
 
 
 @dataclass(kw_only=True)
+class Imported:
+    """The start checkpoint's own loss, as it came, on the held-out blocks that damage is measured on."""
+
+    context: Literal["short", "long"]
+    blocks: int
+    tokens: int
+    """Over all blocks."""
+    nats_per_token: float
+    buckets: list[Bucket]
+    """Loss by position, in order, without gaps from 0 to the context."""
+
+
+@dataclass(kw_only=True)
 class Ceiling:
     """Worth of the context beyond a window to the imported dense model: its loss on fresh contexts of the last tokens minus that at full
     length, so the most that a memory of what lies further back can win on these data. As ``python cli.py probe`` measured it."""
@@ -331,6 +344,8 @@ class RunRecord:
     git: Git = field(default_factory=Git)
     start_validation: Validation | None = None
     """The start checkpoint as it came, on the blocks that every stage end is measured on, inner loop off; null for random weights."""
+    imported: list[Imported] = field(default_factory=list, metadata=ADDED_LATER)
+    """What damage is measured against; empty for random weights, and where it is not measured."""
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
     totals: Spent = field(default_factory=Spent)

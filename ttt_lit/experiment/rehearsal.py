@@ -15,14 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ttt_lit.convert.windowed import windowed, with_windows
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
-from ttt_lit.ops import carried_attention, cross_entropy
+from ttt_lit.ops import carried_attention, cross_entropy, distillation, logit_tiles, wide
 from ttt_lit.train.live_bytes import LiveBytes
 from ttt_lit.train.optim import learns
+from ttt_lit.train.teacher import Teacher
 from ttt_lit.ttt import inner
 from ttt_lit.ttt.scan import sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
 
-_LOSS = (cross_entropy._linear_nll, cross_entropy._linear_nll_backward)
+_LOSS = (
+    cross_entropy._linear_nll,
+    cross_entropy._linear_nll_backward,
+    distillation._nll_and_kl,
+    distillation._nll_and_kl_backward,
+)
 _ATTENTION = (
     carried_attention._attend,
     carried_attention._attend_backward,
@@ -62,6 +68,8 @@ class MicroBatch:
     """Whether an earlier micro-batch of the step has left gradients."""
     sharded: bool
     """Whether gradients of blocks below the suffix leave as soon as they are complete."""
+    teacher: ModelSpec | None = None
+    """A frozen network that reads the same tokens first."""
 
     @property
     def updates(self) -> bool:
@@ -74,16 +82,34 @@ def rehearse(spec: ModelSpec, batch: MicroBatch) -> Peaks:
         with torch.device("cpu"):
             decoder = Decoder(with_fused_windows(spec, batch))
             tokens = torch.zeros(batch.sequences, batch.context + 1, dtype=torch.long)
+            teacher = _teacher(batch)
         _prepare_gradients(decoder, batch)
         opened = _LOSS + (_ATTENTION if batch.on_cpu else ())
         gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
         existing = sum(g.nbytes for g in gradients)
-        with _Opened(opened, [*decoder.parameters(), *gradients, tokens]) as live:
-            peaks = _forward_and_backward(decoder, tokens, batch, live)
+        known = [*decoder.parameters(), *(teacher.parameters() if teacher is not None else ()), *gradients, tokens]
+        with _Opened(opened, known) as live:
+            peaks = _forward_and_backward(decoder, teacher, tokens, batch, live)
     return Peaks(*(peak + existing if peak else 0 for peak in peaks))
 
 
-def _forward_and_backward(decoder: Decoder, tokens: Tensor, batch: MicroBatch, live: LiveBytes) -> Peaks:
+def _teacher(batch: MicroBatch) -> Teacher | None:
+    """The stage's, in compute precision; without gradients, as a run makes it."""
+    if batch.teacher is None:
+        return None
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(
+        torch.bfloat16 if batch.half else usual
+    )  # tensors without memory cannot be cast in a module
+    try:
+        return Teacher(Decoder(with_fused_windows(batch.teacher, batch))).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _forward_and_backward(
+    decoder: Decoder, teacher: Teacher | None, tokens: Tensor, batch: MicroBatch, live: LiveBytes
+) -> Peaks:
     suffix: list[int] = []
 
     def watch(_: nn.Module, __: Any, attended: Tensor) -> None:
@@ -94,9 +120,16 @@ def _forward_and_backward(decoder: Decoder, tokens: Tensor, batch: MicroBatch, l
         decoder.block(decoder.spec.suffix_start).self_attn.register_forward_hook(watch)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=batch.half):
         out = sequence_loss(
-            decoder, tokens, mode=batch.mode, chunk=batch.chunk, inner_lr=1.0, clip=1.0, engine=batch.engine
+            decoder,
+            tokens,
+            mode=batch.mode,
+            chunk=batch.chunk,
+            inner_lr=1.0,
+            clip=1.0,
+            engine=batch.engine,
+            teacher=None if teacher is None else teacher(tokens),
         )
-        loss = out.loss
+        loss = out.loss if out.token_kl is None else out.loss + out.token_kl.mean(dtype=torch.float64)
     forward = live.take_peak()
     loss.backward()
     return Peaks(forward, max(suffix, default=0), live.take_peak())
@@ -116,10 +149,10 @@ def _kernels_of_the_device(batch: MicroBatch) -> Iterator[None]:
     if batch.on_cpu:
         yield
         return
-    pieces = functools.partial(_piece_tokens, cross_entropy.piece_tokens)
+    tiles = functools.partial(_tile_shape, logit_tiles.tile_shape)
     replaced: list[tuple[Any, str, Any]] = [
-        (cross_entropy, "piece_tokens", pieces),
-        *((module, "wide_matmul", _wide_matmul) for module in (cross_entropy, inner)),
+        (logit_tiles, "tile_shape", tiles),
+        *((module, "wide_matmul", _wide_matmul) for module in (logit_tiles, wide, inner)),
     ]
     real = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
@@ -131,7 +164,7 @@ def _kernels_of_the_device(batch: MicroBatch) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _piece_tokens(real: Callable[[int, str], int], vocab_size: int, _: str) -> int:
+def _tile_shape(real: Callable[[int, str], tuple[int, int]], vocab_size: int, _: str) -> tuple[int, int]:
     return real(vocab_size, "cuda")
 
 

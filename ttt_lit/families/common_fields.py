@@ -110,7 +110,9 @@ def agreed_rope_base(stated: Mapping[str, float | None], *, default: float) -> f
 def refuse_what_no_family_implements(config: Mapping[str, Any]) -> None:
     """ValueError for quantised weights and for dropout."""
     if config.get("quantization_config") is not None:
-        raise ValueError("config.json: quantization_config is set; quantised checkpoints are not supported")
+        raise ValueError(
+            "config.json: quantization_config is set; quantised checkpoints are not supported, import the unquantised one"
+        )
     if config.get("attention_dropout"):
         raise ValueError(
             f"config.json: attention_dropout is {config['attention_dropout']!r}; dropout is not implemented"

@@ -64,6 +64,10 @@ class Family:
     """Stored names that may be present although the spec has no use for them, with the reason."""
     head_key: str | None
     """Stored name of the output head, which a tied checkpoint may hold as a copy of the embedding. None: never."""
+    default_positions: int = 0
+    """``max_position_embeddings`` that a config.json without the field stands for."""
+    refused_by_vllm: Callable[[ModelSpec], list[str]] = lambda _: []
+    """What vLLM's class of this model type does not run although transformers does, one entry each for an error message."""
 
 
 def renamed_family(
@@ -73,6 +77,8 @@ def renamed_family(
     rules: RenameRules,
     spec_from_config: ReadConfig,
     config_from_spec: WriteConfig,
+    default_positions: int,
+    refused_by_vllm: Callable[[ModelSpec], list[str]] = lambda _: [],
 ) -> Family:
     """A family that stores each of our parameters as one tensor of the same shape, under another name."""
 
@@ -92,6 +98,8 @@ def renamed_family(
         sources=sources,
         dropped=lambda _: {},
         head_key=rules.to_theirs("lm_head.weight"),
+        default_positions=default_positions,
+        refused_by_vllm=refused_by_vllm,
     )
 
 

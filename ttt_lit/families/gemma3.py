@@ -227,4 +227,5 @@ FAMILY = renamed_family(
     rules=RULES,
     spec_from_config=spec_from_config,
     config_from_spec=config_from_spec,
+    default_positions=131_072,
 )

@@ -170,10 +170,27 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
     return problems
 
 
+def _refused_by_vllm(spec: ModelSpec) -> list[str]:
+    """vLLM's Qwen2 (2026) knows one window for all layers. It refuses a config whose layers differ unless max_window_layers
+    is their number, and would then run every layer with full attention."""
+    problems = []
+    windowed = [i for i, layer in enumerate(spec.layers) if layer.window is not None]
+    if 0 < len(windowed) < spec.num_layers:
+        full = [i for i in range(spec.num_layers) if i not in windowed]
+        problems.append(f"windows in some layers only (full attention in layers {full})")
+    if spec.activation != "silu":
+        problems.append(f"activation {spec.activation} (always silu)")
+    if spec.head_dim * spec.num_heads != spec.hidden_size:
+        problems.append(f"head_dim {spec.head_dim} (always hidden_size / num_attention_heads)")
+    return problems
+
+
 FAMILY = renamed_family(
     name="qwen2",
     model_types=("qwen2",),
     rules=RULES,
     spec_from_config=spec_from_config,
     config_from_spec=config_from_spec,
+    default_positions=32_768,
+    refused_by_vllm=_refused_by_vllm,
 )

@@ -76,15 +76,18 @@ class FlopCount:
 
     layers: tuple[LayerFlops, ...]
     head: float
+    teacher: float = 0.0
+    """Of a second network that reads the same tokens and does not learn."""
 
     @property
     def total(self) -> float:
-        return self.head + sum(layer.total for layer in self.layers)
+        return self.head + self.teacher + sum(layer.total for layer in self.layers)
 
     def parts(self) -> dict[str, float]:
-        """Sums over layers by part, and the head."""
+        """Sums over layers by part, the head, and the teacher."""
         names = [field.name for field in dataclasses.fields(LayerFlops)]
-        return {name: sum(getattr(layer, name) for layer in self.layers) for name in names} | {"head": self.head}
+        parts = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+        return parts | {"head": self.head, "teacher": self.teacher}
 
 
 def key_count(start: int, stop: int, window: int | None, sink_tokens: int = 0) -> int:
@@ -125,6 +128,7 @@ def training_flops(
     recompute_blocks: bool = False,
     kept_chunks: int = 0,
     fast_weights: Storage = "every",
+    teacher: ModelSpec | None = None,
 ) -> FlopCount:
     """Training: forward, inner gradients and outer backward; parameters as in ``forward_flops``, and the policy of the engine.
 
@@ -132,10 +136,14 @@ def training_flops(
         recompute_blocks: whether blocks that read whole sequences run again in the backward.
         kept_chunks: chunks, from the first on, whose matrix products the sweep keeps (``chunks_kept``).
         fast_weights: how the fast weights are kept.
+        teacher: a model whose distribution is compared with, in modes without updates.
     """
     whole = _Whole(multiple=3, again=recompute_blocks, head=1 + 3)
     if not _updates(spec, context, mode):
-        return _count(spec, context, mode, whole, None)
+        student = _count(spec, context, mode, whole, None)
+        return student if teacher is None else dataclasses.replace(student, teacher=_teaching(teacher, context))
+    if teacher is not None:
+        raise ValueError(f"flops: got a teacher with mode {mode!r}, expected none or static")
     size, chunks = _chunks(context, chunk)
     if not 0 <= kept_chunks <= chunks:
         raise ValueError(f"flops: got {kept_chunks} kept chunks, expected 0 to {chunks}")
@@ -146,6 +154,12 @@ def training_flops(
     for index, table in _repeated(fast_weights, chunks).items():
         work[index].append(table)
     return _count(spec, context, mode, whole, _Reading(size, work))
+
+
+def _teaching(teacher: ModelSpec, context: int) -> float:
+    """One forward; its logits are made again for the student's backward."""
+    forward = forward_flops(teacher, context=context, mode="none")
+    return forward.total + forward.head
 
 
 def chunks_kept(spec: ModelSpec, *, tokens: int, chunks: int, number_bytes: int, budget_bytes: float) -> int:

@@ -20,6 +20,15 @@ def wide_matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype) @ y.to(dtype)
 
 
+def add_wide_matmul(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x @ y, matrices of one dtype, to ``total`` in place, which may be wider. Autocast does not reach it."""
+    if x.dtype == total.dtype:
+        with without_autocast(x.device.type):
+            torch.addmm(total, x, y, out=total)
+    else:
+        total += wide_matmul(x, y, total.dtype)
+
+
 def without_autocast(device: str) -> AbstractContextManager[None]:
     """Operands keep their dtype inside."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

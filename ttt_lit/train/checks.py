@@ -8,9 +8,12 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ttt_lit.data.stream import TokenDataModule
+from ttt_lit.train.evaluation import ValidationConfig
 from ttt_lit.train.optim import group_of, learns
-from ttt_lit.train.stages import SizeConfig, StagePlan
+from ttt_lit.train.requests import held_out_request
+from ttt_lit.train.stages import Context, SizeConfig, StagePlan
 from ttt_lit.train.start import Start, StartConfig
+from ttt_lit.train.teacher import check_teacher
 from ttt_lit.ttt.inner import InnerLoop
 
 # The ledger counts before anyone reads it; a stage is entered before it is watched; a record is complete before it is saved.
@@ -76,6 +79,13 @@ def check_stages(
             raise ValueError(
                 f"stage {plan.name}: updated_layers: got {updated}, expected some of the run's TTT layers {list(start.spec.ttt_layers)}"
             )
+        if plan.config.teacher_kl:
+            if config.init == "scratch":
+                raise ValueError(
+                    f"stage {plan.name}: teacher_kl {plan.config.teacher_kl:g}: a run from random weights has no imported model to learn "
+                    "from; set teacher_kl: 0"
+                )
+            check_teacher(start.origin)
         if plan.config.new_lr is not None:
             _check_new_lr(plan, start, config)
         if mode != "none" and not start.spec.ttt_layers:
@@ -90,6 +100,24 @@ def check_stages(
         raise ValueError(
             f"model.start: load all has no effect with carry params in stage {plans[0].name}; set carry: all"
         )
+
+
+def check_validation(
+    data: TokenDataModule,
+    config: ValidationConfig,
+    size: SizeConfig,
+    damage_contexts: Sequence[Context],
+    *,
+    world_size: int,
+) -> None:
+    """Every request of held-out blocks must be served, or a run would find out at its first stage end."""
+    wanted: list[tuple[str, Context]] = [("blocks", "long"), ("subset", "long")]
+    for name, context in wanted + [("damage_blocks", context) for context in damage_contexts]:
+        try:
+            request = held_out_request(size, context, getattr(config, name), world_size=world_size)
+            data.open(request, world_size=world_size)
+        except ValueError as error:
+            raise ValueError(f"model.validation.{name}: {error}") from error
 
 
 def _check_new_lr(plan: StagePlan, start: Start, config: StartConfig) -> None:
@@ -116,7 +144,8 @@ def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], 
             f"data.long: {data.folders['long']} is {long.layout} with context {long.context}, expected per_document with context "
             f"{size.long} (size.long), so that no block crosses a document; prepare it so"
         )
-    if any(plan.config.context == "short" for plan in plans):
+    # Where no stage reads them, damage is measured on them.
+    if any(plan.config.context == "short" for plan in plans) or data.folders["short"] is not None:
         short = data.manifest("short")
         if short.context < size.short:
             raise ValueError(

@@ -25,6 +25,9 @@ class ValidationConfig:
     """Share of a stage's budget between two measurements of the subset; 0: none."""
     during: tuple[Literal["A", "B0", "B1", "B2", "C"], ...] = ("A", "C")
     """Stages in which the subset is measured."""
+    damage_blocks: int = 8
+    """Held-out blocks of each context, long and short, on which the loss above the imported model's is measured at both ends of every
+    stage, where the run starts from weights; 0: none."""
     headline: Literal["as_trained", "with_updates", "without_updates"] = "as_trained"
     """Which loss of the last stage speaks for the run in a comparison. ``as_trained``: with inner updates exactly where the stage
     trains with them; ``with_updates`` is the control that learns while reading without ever having been trained to."""
@@ -33,6 +36,8 @@ class ValidationConfig:
     window is worth, the yardstick of every difference. null: no ceiling is known."""
 
     def __post_init__(self) -> None:
+        if self.damage_blocks < 0:
+            raise ValueError(f"validation.damage_blocks: got {self.damage_blocks}, expected 0 (none) or more")
         if self.subset < 1 or self.blocks % self.subset or not 0 <= self.every_share <= 1:
             raise ValueError(
                 f"validation: got blocks {self.blocks}, subset {self.subset} and every_share {self.every_share}, expected a subset that "

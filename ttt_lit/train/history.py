@@ -22,6 +22,8 @@ class StageHistory:
     norm_range: list[float] = field(default_factory=list)
     """Smallest, largest and last mean ‖ΔW‖ over an optimiser step's chunks."""
     validations: list[dict[str, Any]] = field(default_factory=list)
+    damage: list[dict[str, Any]] = field(default_factory=list)
+    """At the stage's start and end, as the record has it."""
     peak_gib: float = 0.0
 
     def add_step(self, report: StepReport, gpu_seconds: float) -> None:
@@ -50,6 +52,8 @@ class History:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     start_validation: dict[str, Any] | None = None
     """The start checkpoint, as it came."""
+    imported: dict[str, list[float]] = field(default_factory=dict)
+    """Context → the start checkpoint's mean loss at each position of the blocks that damage is measured on; empty: it is not measured."""
 
     def stage(self, name: str) -> StageHistory:
         return self.stages.setdefault(name, StageHistory())
@@ -59,9 +63,11 @@ class History:
             "stages": {name: dict(vars(stage)) for name, stage in self.stages.items()},
             "evaluations": self.evaluations,
             "start_validation": self.start_validation,
+            "imported": self.imported,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stages = {name: StageHistory(**stage) for name, stage in state["stages"].items()}
         self.evaluations = list(state["evaluations"])
         self.start_validation = state["start_validation"]
+        self.imported = dict(state["imported"])

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from ttt_lit.convert.fast_mlp import TTTConfig
@@ -21,7 +20,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.ceiling import read_ceiling
-from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy
+from ttt_lit.train.checks import check_callbacks, check_data, check_stages, check_strategy, check_validation
 from ttt_lit.train.evaluation import (
     Evaluation,
     ValidationConfig,
@@ -32,16 +31,18 @@ from ttt_lit.train.evaluation import (
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, load_moments, set_lr
-from ttt_lit.train.parallel import fill, reshard, shard
+from ttt_lit.train.parallel import data_mesh, fill, reshard, shard
 from ttt_lit.train.position import block_ids
+from ttt_lit.train.requests import held_out_request, training_request
 from ttt_lit.train.run_config import RunConfig
 from ttt_lit.train.stage_flops import stage_flops
-from ttt_lit.train.stages import SizeConfig, StagePlan, Stages, plan_stages
+from ttt_lit.train.stages import Context, SizeConfig, StagePlan, Stages, plan_stages
 from ttt_lit.train.start import Start, StartConfig, resolve_start
+from ttt_lit.train.teacher import Teacher, make_teacher
 from ttt_lit.train.window import StepReport, StepWindow
 from ttt_lit.ttt.inner import InnerLoop
 from ttt_lit.ttt.model import TTTModel
-from ttt_lit.ttt.scan import SequenceLoss
+from ttt_lit.ttt.scan import SequenceLoss, Teaching
 from ttt_lit.ttt.settings import EngineConfig
 
 
@@ -93,6 +94,8 @@ class TTTModule(L.LightningModule):
         """What the run has seen so far; saved with the run."""
         self._start: Start | None = None
         self._model: TTTModel | None = None
+        self._teacher: list[Teacher] = []
+        """Of the stage, at most one; in a list, which torch does not search for modules: it is neither trained nor saved."""
         self._ledger_state: dict[str, Any] | None = None
 
     # Assembly -----------------------------------------------------------------------------------------------------------------
@@ -107,7 +110,8 @@ class TTTModule(L.LightningModule):
         used = self.plans if stage == "fit" else (self.plans[self.validate_stage],)
         check_stages(used, self.start, self.start_config, self.inner, self.size)
         check_data(self.datamodule, self.start, self.plans, self.size)
-        self._check_validation()
+        damaged = self.damage_contexts if stage == "fit" and self.start.origin.checkpoint is not None else ()
+        check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
         self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
         self.ledger = Ledger(devices=self.trainer.world_size)
@@ -117,25 +121,15 @@ class TTTModule(L.LightningModule):
         self.evaluation = self.new_evaluation()
         self._tables = {name: self.datamodule.token_bytes(name) for name in self._datasets()}
 
-    def _check_validation(self) -> None:
-        """Both requests must be served, or a run would find out at its first stage end."""
-        for name in ("blocks", "subset"):
-            try:
-                request = self.validation_request(getattr(self.validation, name))
-                self.datamodule.open(request, world_size=self.trainer.world_size)
-            except ValueError as error:
-                raise ValueError(f"model.validation.{name}: {error}") from error
-
     def configure_model(self) -> None:
         if self._model is not None:
             return
         with torch.device("meta"):
             model = TTTModel(Decoder(self.start.spec), self.engine)
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            check_strategy(self.trainer)
-            assert self.device_mesh is not None
-            shard(model, self.device_mesh["data_parallel"])
+        check_strategy(self.trainer)
+        mesh = data_mesh(self)
+        if mesh is not None:
+            shard(model, mesh)
         model.to_empty(device=self.trainer.strategy.root_device)
         fill(model.decoder, self.start.state)
         self._start = dataclasses.replace(self.start, state={})  # random weights would stay in memory a second time
@@ -184,6 +178,11 @@ class TTTModule(L.LightningModule):
         self.model.decoder.set_spec(self.stage_spec(plan))
         self.trainer.accumulate_grad_batches = plan.accumulate
         self.entered = index
+        if not plan.config.teacher_kl:
+            self._teacher = []
+        elif not self._teacher and self.trainer.state.fn == "fit":
+            origin, mesh = self.start.origin, data_mesh(self)
+            self._teacher = [make_teacher(origin, self.trainer, mesh, compiled=self.engine.compile)]
 
     @property
     def at_boundary(self) -> bool:
@@ -208,7 +207,9 @@ class TTTModule(L.LightningModule):
     def flop_per_token(self) -> float:
         """Analytic training FLOPs per token of the current stage, under the engine's policy."""
         plan = self.plan
-        return stage_flops(self.stage_spec(plan), plan, self.engine, precision=self.trainer.precision).total
+        teacher = self.start.origin.spec if plan.config.teacher_kl else None
+        precision = self.trainer.precision
+        return stage_flops(self.stage_spec(plan), plan, self.engine, precision=precision, teacher=teacher).total
 
     # Data ---------------------------------------------------------------------------------------------------------------------
 
@@ -218,17 +219,8 @@ class TTTModule(L.LightningModule):
     def train_request(self, index: int) -> StreamRequest:
         """What the data module streams in a stage, from where the ledger says that the stage stands."""
         plan = self.plans[index]
-        return StreamRequest(
-            dataset=plan.config.context,
-            split="train",
-            block_tokens=plan.context + 1,
-            batch_size=plan.sequences,
-            num_batches=plan.micro_batches,
-            start_batch=self.ledger.spent(plan.name).micro_batches,
-            accumulate=plan.accumulate,
-            stage=plan.order,
-            should_stop=(lambda: self.is_spent(plan)) if plan.micro_batches is None else None,
-        )
+        spent = self.ledger.spent(plan.name).micro_batches
+        return training_request(plan, spent, should_stop=lambda: self.is_spent(plan))
 
     def held_out(self, sequences: int) -> StreamRequest:
         """A few held-out long blocks, the same for any number of ranks when opened for one."""
@@ -236,27 +228,14 @@ class TTTModule(L.LightningModule):
             dataset="long", split="validation", block_tokens=self.size.long + 1, batch_size=1, num_batches=sequences
         )
 
-    def validation_request(self, blocks: int | None = None) -> StreamRequest:
-        """``blocks`` held-out long blocks (default: all that a stage end measures), the same for every stage, arm and rank count."""
-        blocks = blocks or self.validation.blocks
-        world = self.trainer.world_size
-        fitting = max(1, self.size.micro_batch_tokens // self.size.long)
-        if blocks % world:
-            raise ValueError(
-                f"validation: {blocks} blocks cannot be split over {world} ranks; use a multiple of {world}"
-            )
-        batch = next(n for n in range(min(fitting, blocks // world), 0, -1) if blocks % (n * world) == 0)
-        return StreamRequest(
-            dataset="long",
-            split="validation",
-            block_tokens=self.size.long + 1,
-            batch_size=batch,
-            num_batches=blocks // (batch * world),
-        )
+    def validation_request(self, blocks: int | None = None, context: Context = "long") -> StreamRequest:
+        """``blocks`` held-out blocks (default: all that a stage end measures), the same for every stage, arm and rank count."""
+        count = blocks or self.validation.blocks
+        return held_out_request(self.size, context, count, world_size=self.trainer.world_size)
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
-    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float) -> SequenceLoss:
+    def read(self, tokens: Tensor, *, mode: Mode, inner_lr: float, teacher: Teaching | None = None) -> SequenceLoss:
         """Token losses of tokens (B, T+1) in the current stage's network."""
         out: SequenceLoss = self.model(
             tokens,
@@ -265,6 +244,7 @@ class TTTModule(L.LightningModule):
             inner_lr=inner_lr,
             clip=self.inner.clip,
             rule=self.inner.rule,
+            teacher=teacher,
         )
         if not torch.is_grad_enabled():
             reshard(self.model)
@@ -283,10 +263,13 @@ class TTTModule(L.LightningModule):
         set_lr(optimizer, self.rates)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        out = self.read(batch["tokens"], mode=self.plan.config.mode, inner_lr=self.inner_lr)
-        num_bytes = target_bytes(batch["tokens"], self._tables[self.plan.config.context]).sum()
-        self.window.add(out.token_nll, out.update_norms, num_bytes)
-        return out.loss
+        config, tokens = self.plan.config, batch["tokens"]
+        teacher = self._teacher[0](tokens) if self._teacher else None
+        out = self.read(tokens, mode=config.mode, inner_lr=self.inner_lr, teacher=teacher)
+        self.window.add(out, target_bytes(tokens, self._tables[config.context]).sum())
+        return (
+            out.loss if out.token_kl is None else out.loss + config.teacher_kl * out.token_kl.mean(dtype=torch.float64)
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.window.grad_norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
@@ -312,15 +295,26 @@ class TTTModule(L.LightningModule):
         """Empty sums for one pass over held-out long blocks."""
         return Evaluation(self.size.long, short=self.size.short, has_inner_loop=self.has_inner_loop)
 
+    def evaluation_modes(self) -> dict[Inner, Mode]:
+        """In which mode each setting of the inner loop that the stage has is measured."""
+        return evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
+
+    @property
+    def damage_contexts(self) -> tuple[Context, ...]:
+        """The contexts on which damage is measured, if it is: the short one where the run has short documents."""
+        if not self.validation.damage_blocks:
+            return ()
+        return ("short", "long") if self.datamodule.folders["short"] is not None else ("long",)
+
     def measure(self, batch: dict[str, Tensor], evaluation: Evaluation) -> None:
         """Add the losses of held-out long blocks under every setting of the inner loop that the stage has, at its full rate.
 
         ``batch`` holds tokens (B, T+1) and index (B,), as the data module streams them.
         """
         tokens = batch["tokens"].to(self.device)
-        modes = evaluation_modes(self.plan.config.mode, has_inner_loop=self.has_inner_loop)
         losses: dict[Inner, Tensor] = {
-            inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll for inner, mode in modes.items()
+            inner: self.read(tokens, mode=mode, inner_lr=self.inner.lr).token_nll
+            for inner, mode in self.evaluation_modes().items()
         }
         self.add_losses(evaluation, losses, batch)
 

@@ -26,6 +26,8 @@ class Origin:
     lineage: tuple[LineageStep, ...]
     source_config: str | None
     """Text of the Hugging Face config.json, kept verbatim."""
+    generation_config: str | None = None
+    """Text of its generation_config.json, kept verbatim."""
     tokenizer: Path | None
     tokenizer_hash: str | None
     checkpoint: Checkpoint | None
@@ -84,6 +86,7 @@ def origin_of_checkpoint(path: str) -> Origin:
         family=checkpoint.family,
         lineage=checkpoint.lineage,
         source_config=source.read_text(encoding="utf-8") if checkpoint.source_config is not None else None,
+        generation_config=checkpoint.generation_config,
         tokenizer=checkpoint.tokenizer,
         tokenizer_hash=checkpoint.tokenizer_hash,
         checkpoint=checkpoint,

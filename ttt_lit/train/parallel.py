@@ -8,19 +8,38 @@ would free parameters in the middle of the inner backward.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
+import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ttt_lit.ttt.model import TTTModel
+from ttt_lit.model.decoder import Decoder
 
 
-def shard(model: TTTModel, mesh: DeviceMesh) -> None:
+def data_mesh(module: L.LightningModule) -> DeviceMesh | None:
+    """The devices over which a run's models are sharded; None: they are whole."""
+    if not isinstance(module.trainer.strategy, ModelParallelStrategy):
+        return None
+    assert module.device_mesh is not None
+    mesh: DeviceMesh = module.device_mesh["data_parallel"]
+    return mesh
+
+
+class HasDecoder(Protocol):
+    """What is sharded: a module around a decoder."""
+
+    decoder: Decoder
+
+
+def shard(model: HasDecoder, mesh: DeviceMesh) -> None:
     """Shard parameters over a one-dimensional mesh, in place. Master weights keep their dtype: no cast, compute runs under autocast."""
+    assert isinstance(model, nn.Module)
     for block in model.decoder.layers[: model.decoder.spec.suffix_start]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -13,8 +13,15 @@ def number_bytes(precision: str | int | None) -> int:
     return 2 if str(precision).startswith("bf16") else 4
 
 
-def stage_flops(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, *, precision: str | int | None) -> FlopCount:
-    """FLOPs per trained token. ``spec``: the network with the stage's window."""
+def stage_flops(
+    spec: ModelSpec,
+    plan: StagePlan,
+    engine: EngineConfig,
+    *,
+    precision: str | int | None,
+    teacher: ModelSpec | None = None,
+) -> FlopCount:
+    """FLOPs per trained token. ``spec``: the network with the stage's window; ``teacher``: the stage's, if it has one."""
     mode, kept = plan.config.mode, 0
     if mode in ("meta", "first_order"):
         kept = chunks_kept(
@@ -32,4 +39,5 @@ def stage_flops(spec: ModelSpec, plan: StagePlan, engine: EngineConfig, *, preci
         recompute_blocks=engine.recompute_blocks,
         kept_chunks=kept,
         fast_weights=engine.fast_weights,
+        teacher=teacher,
     )

@@ -48,6 +48,9 @@ class StageConfig:
     """Peak outer learning rate of everything that was imported; in a run from random weights, of everything."""
     new_lr: float | None = None
     """Peak outer learning rate of what the run adds to an imported model: prime MLPs with their norms, learned sinks. null: ``lr``."""
+    teacher_kl: float = 0.0
+    """Weight of KL(imported model ‖ network) per token, added to the loss: the imported dense model, frozen, reads the same tokens. For
+    modes ``none`` and ``static``. 0: no teacher."""
     schedule: LRSchedule = field(default_factory=lambda: LRSchedule(warmup_share=0.1))
     """Outer learning rate over the share of the stage's budget that is spent."""
     inner_schedule: InnerLRSchedule = field(default_factory=InnerLRSchedule)
@@ -59,6 +62,13 @@ class StageConfig:
         if self.updated_layers is not None and self.mode not in ("meta", "first_order"):
             raise ValueError(
                 f"stages: updated_layers {self.updated_layers} has no effect with mode {self.mode}; remove it, or set mode meta"
+            )
+        if not self.teacher_kl >= 0 or self.teacher_kl == float("inf"):
+            raise ValueError(f"stages: teacher_kl: got {self.teacher_kl}, expected a weight of 0 (no teacher) or more")
+        if self.teacher_kl and self.mode not in ("none", "static"):
+            raise ValueError(
+                f"stages: teacher_kl {self.teacher_kl:g} with mode {self.mode}: a network that learns while reading has no teacher; set "
+                "teacher_kl: 0, or mode none or static"
             )
         if self.sink_tokens is not None and self.sink_tokens < 0:
             raise ValueError(

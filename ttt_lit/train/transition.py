@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class TransitionProof:
     after: float
     preserves: bool
     """Whether the conversion must not change the function on this context."""
+    changed: tuple[str, ...] = ()
+    """What makes it another function, in words."""
     tolerance: float = TOLERANCE
 
     @property
@@ -36,7 +39,14 @@ class TransitionProof:
         """Written so that a NaN on either side fails."""
         return not self.preserves or abs(self.jump) <= self.tolerance
 
-    def to_dict(self) -> dict[str, float | bool]:
+    def describe(self, context: int) -> str:
+        """One line: both losses, and whether a jump is a mistake or what the conversion costs."""
+        losses = f"loss on a fixed batch of {context} tokens {self.before:.6f} before, {self.after:.6f} after"
+        if self.preserves:
+            return f"{losses} (unchanged, {self.jump:+.2e})"
+        return f"{losses} (not function-preserving, {' and '.join(self.changed)}: a jump of {self.jump:+.4f} nats per token)"
+
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"jump": self.jump}
 
 
@@ -57,7 +67,9 @@ def prove_transition(
     same_reach = preserves_function(old_spec, new_spec, tokens.shape[1] - 1)
     same_prime = still(old_mode) == still(new_mode) or _prime_is_silent(model)
     losses = [_loss(model, tokens, spec, still(mode), piece) for spec, mode in (before, after)]
-    return TransitionProof(before=losses[0], after=losses[1], preserves=same_reach and same_prime)
+    changes = {"queries see other keys": not same_reach, "prime MLPs add to the stream": not same_prime}
+    changed = tuple(what for what, is_so in changes.items() if is_so)
+    return TransitionProof(before=losses[0], after=losses[1], preserves=not changed, changed=changed)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode
 from ttt_lit.ttt.compiled import compile_blocks, wants_compilation
 from ttt_lit.ttt.inner import InnerRule
-from ttt_lit.ttt.scan import SequenceLoss, sequence_loss
+from ttt_lit.ttt.scan import SequenceLoss, Teaching, sequence_loss
 from ttt_lit.ttt.settings import EngineConfig
 
 
@@ -26,7 +26,15 @@ class TTTModel(nn.Module):
         self._blocks_compiled = False
 
     def forward(
-        self, tokens: Tensor, *, mode: Mode, chunk: int, inner_lr: float, clip: float, rule: InnerRule = "sgd"
+        self,
+        tokens: Tensor,
+        *,
+        mode: Mode,
+        chunk: int,
+        inner_lr: float,
+        clip: float,
+        rule: InnerRule = "sgd",
+        teacher: Teaching | None = None,
     ) -> SequenceLoss:
         """Losses of tokens (B, T+1) int64; the arguments are those of ``sequence_loss``."""
         if not self._blocks_compiled and wants_compilation(self.engine.compile, tokens.device):
@@ -41,4 +49,5 @@ class TTTModel(nn.Module):
             clip=clip,
             rule=rule,
             engine=self.engine,
+            teacher=teacher,
         )

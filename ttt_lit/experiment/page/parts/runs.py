@@ -8,7 +8,7 @@ from typing import Any
 from ttt_lit.experiment.arm import Arm, gpu_hours
 from ttt_lit.experiment.comparison import Differences
 from ttt_lit.experiment.findings import window_of
-from ttt_lit.experiment.formats import GPU_HOURS, billions, count, hours, loss, seconds_as_hours, size
+from ttt_lit.experiment.formats import GPU_HOURS, billions, count, hours, loss, ranges, seconds_as_hours, size
 from ttt_lit.experiment.page.blocks import Block, Cell, Grid, Heading
 from ttt_lit.experiment.page.differences import difference_text
 from ttt_lit.experiment.record import Role, RunRecord, Stage, Validation
@@ -65,7 +65,7 @@ def source(record: RunRecord) -> Iterator[str]:
 
 def policy(record: RunRecord) -> Iterator[str]:
     layers = record.model.ttt_layers
-    yield f"TTT layers: {_ranges(layers)} of {record.model.num_layers}" if layers else "no TTT layers"
+    yield f"TTT layers: {ranges(layers)} of {record.model.num_layers}" if layers else "no TTT layers"
     for stage in record.stages:
         yield f"{stage.name}: {windows(stage)}, {stage.mode}, {stage.context:,}"
     if record.start.receipt:
@@ -92,17 +92,6 @@ def windows(stage: Stage) -> str:
         + " + ".join(f"{stage.windows.count(width)} × {'dense' if width is None else f'{width:,}'}" for width in kinds)
         + sinks
     )
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0–3, 7, 9–11."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in found)
 
 
 def budgets(record: RunRecord) -> Iterator[str]:
