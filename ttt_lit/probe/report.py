@@ -26,7 +26,7 @@ def markdown(probe: Probe, command: str) -> str:
     parts = [
         f"# What a conversion does to {checkpoint['name']}",
         *sentences(probe),
-        "![Left: loss by position. Right: the ceiling.](probe.png)",
+        "![Left: damage by position. Right: the ceiling.](probe.png)",
         f"`{command}`",
         f"{checkpoint['family']}, {checkpoint['num_parameters']:,} parameters; {counted(data['documents'], 'held-out document')} "
         f"of {data['name']}, {data['context']:,} tokens of each; {settings['precision']}; {probe['seconds'] / 60:.1f} minutes on "
@@ -127,8 +127,8 @@ def _kept_reason(probe: Probe) -> str:
     if layers is None:
         return "Which layers are worth keeping was not measured."
     best = layers["greedy"][-1]
-    names = ", ".join(map(str, best["kept"]))
-    said = f"keeping layers {names} at full attention repairs {best['repaired']:.3f} nats per token beyond the window"
+    names = counted(len(best["kept"]), "layer") + f" ({', '.join(map(str, best['kept']))})"
+    said = f"keeping {names} at full attention repairs {best['repaired']:.3f} nats per token beyond the window"
     if kept:
         return f"Sinks leave more than {WORTH_KEEPING:g} above what the lost context is worth; {said}."
     return f"Not needed, though {said}: sinks leave at most {WORTH_KEEPING:g} above what the lost context is worth."
