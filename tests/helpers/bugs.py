@@ -45,7 +45,7 @@ def clip_of_the_batch(patch):
 def window_off_by_one(patch):
     """Each query sees one token more than its window."""
     tiles = tiled._tiles
-    patch.setattr(tiled, "_tiles", lambda q, k, window, sinks: tiles(q, k, window and window + 1, sinks))
+    patch.setattr(tiled, "_tiles", lambda q, k, v, window, sinks: tiles(q, k, v, window and window + 1, sinks))
     past = Reading._past
 
     def wider(self, index, chunk):
@@ -145,6 +145,30 @@ def adjoint_reads_the_weights_of_the_next_chunk(patch):
     patch.setattr(engine._Kept, "__init__", shifted)
 
 
+def far_sinks_forgotten(patch):
+    """Sinks are seen where they touch the carried window, and lost once they lie behind it."""
+    spans = Reading._past_spans
+    patch.setattr(Reading, "_past_spans", lambda self, index, chunk: (0, spans(self, index, chunk)[1]))
+
+
+def near_sinks_seen_twice(patch):
+    """Sinks are carried apart from a window that still holds them."""
+    spans = Reading._past_spans
+
+    def apart(self, index, chunk):
+        sinks, near = spans(self, index, chunk)
+        return max(sinks, min(self._kinds[index].sink_tokens, near.stop)), near
+
+    patch.setattr(Reading, "_past_spans", apart)
+
+
+def sinks_expire(patch):
+    """Whole sequences and chunks: the window hides a sink that it has left behind."""
+    tiles = tiled._tiles
+    patch.setattr(tiled, "_tiles", lambda q, k, v, window, sinks: tiles(q, k, v, window, 0))
+
+
+SINK_BUGS = [far_sinks_forgotten, near_sinks_seen_twice, sinks_expire]
 BUGS = [
     first_order,
     clip_without_derivative,

@@ -72,7 +72,14 @@ def layer_specs(draw, *, ttt):
         prime = PrimeSpec(intermediate_size=draw(st.sampled_from([3, 6])), post_norm=draw(st.booleans()))
     window = draw(WINDOWS)
     sinks = 0 if window is None else draw(SINKS)
-    return LayerSpec(window=window, sink_tokens=sinks, rope_base=draw(BASES), prime=prime, fast=fast)
+    return LayerSpec(
+        window=window,
+        sink_tokens=sinks,
+        sink_logit=draw(st.sampled_from([False, False, True])),
+        rope_base=draw(BASES),
+        prime=prime,
+        fast=fast,
+    )
 
 
 @st.composite

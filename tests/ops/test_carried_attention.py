@@ -267,7 +267,7 @@ def operator_arguments(past, dtype):
     """Operator → arguments, of one problem with leaves that ask for gradients where a gradient is offered."""
     q, k, v, *rest = problem(past, length=4, dtype=dtype)
     past_k, past_v = rest or (None, None)
-    tensors, settings = (q, k, v, past_k, past_v), (SCALE, 3, 2, "tiled")
+    tensors, settings = (q, k, v, past_k, past_v), (None, SCALE, 3, 2, "tiled")
     constants = [None if x is None else x.detach() for x in tensors]
     output, lse = (x.detach() for x in carried._attend(*tensors, None, None, *settings))
     tq, tk, tv, do = random(q.shape, k.shape, v.shape, q.shape, dtype=dtype)

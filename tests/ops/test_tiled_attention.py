@@ -172,9 +172,11 @@ def test_tiles_hide_what_is_not_visible_and_hold_window_plus_tile_keys_and_sinks
     next_query = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "TILE", tile)
-        for t in tiled._tiles(q, k, window, sinks):
+        for t, keys, values in tiled._tiles(q, k, -k, window, sinks):
             assert t.start == next_query
-            keys, of_tile = t.keys(k).flatten(), seen[t.start : t.stop]
+            assert torch.equal(keys, -values)
+            keys, of_tile = keys.flatten(), seen[t.start : t.stop]
+            assert torch.equal(keys, t.since(0, k).flatten())
             assert window is None or len(keys) <= window + tile - 1 + sinks
             scores = t.hide(torch.ones(1, 1, 2 * (t.stop - t.start), len(keys)), 0.0)
             for head in scores.unflatten(2, (2, -1))[0, 0]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.bugs import SINK_BUGS
 from helpers.compare import ENGINES, assert_equals_naive, scan
 from helpers.tiny import random_decoder, random_tokens, specs, tiny_spec, ttt_layer
 from hypothesis import given, settings
@@ -81,6 +82,16 @@ LAYERS = {
 def test_each_shape_of_layers_with_exact_gradients_in_every_engine(layers, engine):
     decoder = random_decoder(tiny_spec(*layers))
     assert_equals_naive(decoder, random_tokens(2, 13), chunk=4, engine=engine)
+
+
+@pytest.mark.parametrize("bug", SINK_BUGS, ids=lambda bug: bug.__name__)
+def test_broken_sinks_do_not_equal_the_twin(bug, monkeypatch):
+    """The golden files have no sinks, so the twin is the only witness."""
+    decoder = random_decoder(tiny_spec(ttt_layer(window=5), LayerSpec(window=5, sink_tokens=2)))
+    assert_equals_naive(decoder, random_tokens(2, 17), chunk=4)
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_equals_naive(decoder, random_tokens(2, 17), chunk=4)
 
 
 SWITCHES = {

@@ -125,6 +125,7 @@ def added_by_conversion(spec: ModelSpec) -> list[str]:
         "prime MLPs": [i for i, layer in enumerate(spec.layers) if layer.prime is not None],
         "fast weights": list(spec.ttt_layers),
         "attention sinks": [i for i, layer in enumerate(spec.layers) if layer.sink_tokens],
+        "learned sink logits": [i for i, layer in enumerate(spec.layers) if layer.sink_logit],
     }
     return [f"{what} (layers {layers})" for what, layers in added.items() if layers]
 

@@ -22,7 +22,7 @@ class Block(nn.Module):
             return RMSNorm(spec.hidden_size, eps=spec.norm_eps, unit_offset=spec.norm_unit_offset)
 
         self.input_layernorm = norm(spec.pre_norms)
-        self.self_attn = Attention(spec)
+        self.self_attn = Attention(spec, sink_logit=layer.sink_logit)
         self.post_attention_layernorm = norm(spec.post_norms)
         self.prime_mlp: GatedMLP | None = None
         if layer.prime is not None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt_lit.model.attention import Attention
 from ttt_lit.model.block import Block
 from ttt_lit.model.norm import RMSNorm
 from ttt_lit.model.rope import rope_tables
@@ -77,11 +78,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
-        """Fill every matrix with normal(0, std), biases with zero, norms with the identity: a model from nothing."""
+        """Fill every matrix with normal(0, std), biases and learned sinks with zero, norms with the identity: a model from nothing."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, std, generator=generator)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+            elif isinstance(module, Attention) and module.sink_logit is not None:
+                module.sink_logit.zero_()
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(0.0 if module.unit_offset else 1.0)

@@ -42,6 +42,8 @@ class LayerSpec:
     """Tokens that a query sees, itself included. None: the whole past (dense causal attention)."""
     sink_tokens: int = 0
     """Tokens from the first on that every later query sees as well, although they lie outside of its window (attention sinks)."""
+    sink_logit: bool = False
+    """Whether each query head has a learned sink: a mass in its softmax's denominator that no value goes with."""
     rope_base: float = 10_000.0
     """Base of the rotary position embedding. Comes from the checkpoint and survives every conversion."""
     prime: PrimeSpec | None = None
@@ -144,6 +146,8 @@ class ModelSpec:
         shapes: dict[str, tuple[int, ...]] = {}
         if self.pre_norms:
             shapes["input_layernorm.weight"] = (width,)
+        if layer.sink_logit:
+            shapes["self_attn.sink_logit"] = (self.num_heads,)
         for name, size in (("q", queries), ("k", keys), ("v", keys)):
             shapes[f"self_attn.{name}_proj.weight"] = (size, width)
             if self.qkv_bias:

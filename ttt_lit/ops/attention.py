@@ -31,16 +31,25 @@ _HALF = (torch.float16, torch.bfloat16)
 _TRITON_HEADS = {torch.float32: range(16, 129), torch.float16: range(16, 257), torch.bfloat16: range(16, 257)}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, sink_tokens: int = 0) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    sink_tokens: int = 0,
+    sink_mass: Tensor | None = None,
+) -> Tensor:
     """Causal attention of whole sequences, each query within ``window`` tokens (None: the whole past). Differentiable once.
 
-    The first ``sink_tokens`` tokens are seen from everywhere; without a window that means nothing. q (B, Hq, T, D); k, v (B, Hkv, T, D)
-    with Hq a multiple of Hkv. Returns (B, Hq, T, D).
+    The first ``sink_tokens`` tokens are seen from everywhere; without a window that means nothing. ``sink_mass`` (Hq,) ≥ 0 joins the
+    softmax's denominators. q (B, Hq, T, D); k, v (B, Hkv, T, D) with Hq a multiple of Hkv. Returns (B, Hq, T, D).
     """
     if window is not None and window + sink_tokens >= k.shape[2]:
         window = None
     kernel: Kernel
-    if window is not None and sink_tokens:
+    if sink_mass is not None or (window is not None and sink_tokens):
         kernel = choose_carried_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window)
     else:
         kernel = choose_kernel(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], window=window, second_order=False)
@@ -49,13 +58,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
         return _flash(q, k, v, scale, window)
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return attend(q, k, v, scale=scale, window=window, sink_tokens=sink_tokens, kernel=kernel).output
+    return attend(
+        q, k, v, scale=scale, window=window, sink_tokens=sink_tokens, sink_mass=sink_mass, kernel=kernel
+    ).output
 
 
 def choose_carried_kernel(
     *, device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None
 ) -> CarriedKernel:
-    """The kernel for chunks and their carried keys, and for sinks."""
+    """The kernel for chunks and their carried keys, and for sinks of either kind."""
     kernel = choose_kernel(device=device, dtype=dtype, head_dim=head_dim, window=window, second_order=True)
     _note(kernel)
     assert kernel == "triton" or kernel == "tiled"  # noqa: PLR1714 (one by one, for the type)

@@ -18,12 +18,27 @@ def visible(
 
 
 def attention_naive(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, sink_tokens: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    sink_tokens: int = 0,
+    sink_mass: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v under ``visible``. q (B, Hq, Tq, D); k, v (B, Hkv, Tk, D), Hq a multiple of Hkv. Returns (B, Hq, Tq, D)."""
+    """softmax(q kᵀ · scale) v under ``visible``. q (B, Hq, Tq, D); k, v (B, Hkv, Tk, D), Hq a multiple of Hkv. Returns (B, Hq, Tq, D).
+
+    ``sink_mass`` (Hq,) ≥ 0: what each head's softmax has in its denominator beside the exponentials of its scores.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
     seen = visible(q.shape[2], k.shape[2], window, q.device, sink_tokens=sink_tokens)
     scores = scores.masked_fill(~seen, float("-inf"))
-    return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(dim=-1), v)
+    if sink_mass is None:
+        return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(dim=-1), v)
+    peak = scores.detach().amax(dim=-1, keepdim=True)
+    weights = (scores - peak).exp()
+    total = weights.sum(dim=-1, keepdim=True) + sink_mass[:, None, None] * (-peak).exp()
+    return torch.einsum("bhqk,bhkd->bhqd", weights / total, v)

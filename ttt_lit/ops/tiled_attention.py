@@ -54,7 +54,7 @@ class _Tile:
             grouped.narrow(-1, self.first_expired, self.expired.shape[1]).masked_fill_(self.expired, value)
         return scores
 
-    def keys(self, x: Tensor, old: int = 0) -> Tensor:
+    def since(self, old: int, x: Tensor) -> Tensor:
         """The tile's keys from ``old`` on, of a tensor that begins with key ``old``."""
         near = x[:, :, max(self.low, old) - old : max(self.high - old, 0)]
         return torch.cat([x[:, :, : self.sinks - old], near], dim=2) if old < self.sinks else near
@@ -75,9 +75,13 @@ class _Tile:
         total[:, :, max(self.low, old) - old : self.high - old] += share
 
 
-def _tiles(q: Tensor, k: Tensor, window: int | None, sink_tokens: int) -> Iterator[_Tile]:
+def _tiles(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, sink_tokens: int
+) -> Iterator[tuple[_Tile, Tensor, Tensor]]:
+    """Every tile with its keys and values, which hold until the next one is asked for."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     first = num_keys - num_queries
+    originals = k, v
     for start in range(0, num_queries, TILE):
         stop = min(start + TILE, num_queries)
         rows, high = stop - start, first + stop
@@ -91,7 +95,15 @@ def _tiles(q: Tensor, k: Tensor, window: int | None, sink_tokens: int) -> Iterat
         if window is not None and cut < high - window:
             query = torch.arange(first + start, high, device=q.device)[:, None]
             expired = torch.arange(cut, high - window, device=q.device)[None, :] <= query - window
-        yield _Tile(start, stop, sinks, low, high, causal, expired, sinks + cut - low)
+        if sinks:
+            # In a copy the sinks move along, right before the window, over keys that no later tile sees.
+            if k is originals[0]:
+                k, v = k.clone(), v.clone()
+            for moving, original in zip((k, v), originals, strict=True):
+                moving[:, :, low - sinks : low] = original[:, :, :sinks]
+        span = slice(low - sinks, high)
+        tile = _Tile(start, stop, sinks, low, high, causal, expired, sinks + cut - low)
+        yield tile, k[:, :, span], v[:, :, span]
 
 
 def forward(
@@ -100,12 +112,12 @@ def forward(
     """Output (B, Hq, Tq, D) and the natural log-sum-exp of every row of scores (B, Hq, Tq)."""
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
     kv_heads = k.shape[1]
-    for tile in _tiles(q, k, window, sink_tokens):
-        scores = tile.hide(_product(_rows(q, tile, kv_heads) * scale, tile.keys(k).mT), float("-inf"))
+    for tile, keys, values in _tiles(q, k, v, window, sink_tokens):
+        scores = tile.hide(_product(_rows(q, tile, kv_heads) * scale, keys.mT), float("-inf"))
         peak = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(dim=-1, keepdim=True)
-        _put(out, tile, (weights.to(v.dtype) @ tile.keys(v)).div_(total))
+        _put(out, tile, (weights.to(v.dtype) @ values).div_(total))
         _put(lse, tile, peak.add_(total.log_()).squeeze(-1))
     return out, lse
 
@@ -127,11 +139,10 @@ def backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = _sums(k, num_new), _sums(v, num_new)
     delta = _dot(do, o)
-    for tile in _tiles(q, k, window, sink_tokens):
+    for tile, keys, values in _tiles(q, k, v, window, sink_tokens):
         rows, grad = _rows(q, tile, kv_heads), _rows(do, tile, kv_heads)
-        keys = tile.keys(k)
         p = _weights(rows, keys, lse, tile, scale)
-        ds = _product(grad, tile.keys(v).mT).sub_(_row_values(delta, tile, kv_heads)).mul_(p).to(q.dtype)
+        ds = _product(grad, values.mT).sub_(_row_values(delta, tile, kv_heads)).mul_(p).to(q.dtype)
         _put(dq, tile, (ds @ keys).mul_(scale))
         tile.add(dk, old, ds, rows * scale)
         tile.add(dv, old, p.to(do.dtype), grad)
@@ -154,14 +165,14 @@ def jvp(
     """Derivative of the output along (tq, tk, tv), and mu."""
     kv_heads, old = k.shape[1], k.shape[2] - tk.shape[2]
     to, mu = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
-    for tile in _tiles(q, k, window, sink_tokens):
+    for tile, keys, values in _tiles(q, k, v, window, sink_tokens):
         rows = _rows(q, tile, kv_heads)
-        keys, new = tile.keys(k), tile.columns(old)
+        new = tile.columns(old)
         p = _weights(rows, keys, lse, tile, scale)
-        pts = _tangent_scores(rows, _rows(tq, tile, kv_heads), keys, tile.keys(tk, old), new, scale).mul_(p)
+        pts = _tangent_scores(rows, _rows(tq, tile, kv_heads), keys, tile.since(old, tk), new, scale).mul_(p)
         stat = pts.sum(dim=-1, keepdim=True)
-        out = pts.to(v.dtype) @ tile.keys(v)
-        out = out + p[..., new].to(v.dtype) @ tile.keys(tv, old)
+        out = pts.to(v.dtype) @ values
+        out = out + p[..., new].to(v.dtype) @ tile.since(old, tv)
         out = out - stat.to(v.dtype) * _rows(o, tile, kv_heads)
         _put(to, tile, out)
         _put(mu, tile, stat.squeeze(-1))
@@ -191,10 +202,9 @@ def dual_backward(
     dk, dv, dtk, dtv = _sums(k, k.shape[2]), _sums(v, k.shape[2]), _sums(k, tk.shape[2]), _sums(v, tk.shape[2])
     delta_t = _dot(dto, o)
     delta = _dot(dto, to) if do is None else _dot(dto, to) + _dot(do, o)
-    for tile in _tiles(q, k, window, sink_tokens):
+    for tile, keys, values in _tiles(q, k, v, window, sink_tokens):
         rows, t_rows, t_grad = (_rows(x, tile, kv_heads) for x in (q, tq, dto))
-        keys, values = tile.keys(k), tile.keys(v)
-        new, new_keys = tile.columns(old), tile.keys(tk, old)
+        new, new_keys = tile.columns(old), tile.since(old, tk)
         p = _weights(rows, keys, lse, tile, scale)
         spread = _tangent_scores(rows, t_rows, keys, new_keys, new, scale).sub_(_row_values(mu, tile, kv_heads))
         a = _product(t_grad, values.mT).sub_(_row_values(delta_t, tile, kv_heads))
@@ -203,7 +213,7 @@ def dual_backward(
         else:
             grad = _rows(do, tile, kv_heads)
             ds = _product(grad, values.mT)
-        ds[..., new] += _product(t_grad, tile.keys(tv, old).mT)
+        ds[..., new] += _product(t_grad, tile.since(old, tv).mT)
         ds = ds.sub_(_row_values(delta, tile, kv_heads)).addcmul_(spread, a).mul_(p).to(q.dtype)
         tp = spread.mul_(p).to(q.dtype)
         dst, p = a.mul_(p).to(q.dtype), p.to(q.dtype)

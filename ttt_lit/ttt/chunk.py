@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt_lit.model.attention import sink_mass
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.model.rope import rotate
 from ttt_lit.model.spec import Activation, FastWeights, ModelSpec
@@ -137,12 +138,13 @@ def _attention(
         )
         for n, y in zip("qk", heads[:2], strict=True)
     )
-    mixed, attended = _mix(kind, q, k, heads[2], given)
+    sink = weights.get("self_attn.sink_logit")
+    mixed, attended = _mix(kind, q, k, heads[2], None if sink is None else sink_mass(sink), given)
     out = products.linears(mixed.each(_merged), [(weights["self_attn.o_proj.weight"], None)])[0]
     return out, AttentionState(KeyValues(k.value, heads[2].value), attended)
 
 
-def _mix(kind: LayerKind, q: Dual, k: Dual, v: Dual, given: LayerInput) -> tuple[Dual, Attended]:
+def _mix(kind: LayerKind, q: Dual, k: Dual, v: Dual, mass: Tensor | None, given: LayerInput) -> tuple[Dual, Attended]:
     """Attention of q over the carried and the new keys; the result along the direction needs the result itself from before."""
     if q.tangent is None or k.tangent is None or v.tangent is None:
         attended = attend(
@@ -154,6 +156,7 @@ def _mix(kind: LayerKind, q: Dual, k: Dual, v: Dual, given: LayerInput) -> tuple
             scale=kind.scale,
             window=kind.window,
             sink_tokens=kind.sink_tokens,
+            sink_mass=mass,
             kernel=kind.kernel,
         )
         return Dual(attended.output), attended
@@ -168,6 +171,7 @@ def _mix(kind: LayerKind, q: Dual, k: Dual, v: Dual, given: LayerInput) -> tuple
         scale=kind.scale,
         window=kind.window,
         sink_tokens=kind.sink_tokens,
+        sink_mass=mass,
         kernel=kind.kernel,
     )
     return Dual(output, tangent), given.attended
