@@ -39,7 +39,7 @@ def test_help_of_report_loads_neither_torch_nor_lightning():
 
 
 def test_an_unknown_command_names_the_known_ones(one_line):
-    assert "known are import, prepare, plan, fit" in one_line("fut", status=2)
+    assert "known are import, prepare, probe, plan, fit" in one_line("fut", status=2)
 
 
 @pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
