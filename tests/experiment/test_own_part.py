@@ -168,6 +168,19 @@ def test_the_sheet_of_differences_and_the_terminal_have_the_same_numbers(study):
     )
 
 
+@pytest.mark.parametrize(
+    "low, nats, share", [(0.0, 0.0004, ""), (-0.001, 0.02, ""), (None, 0.02, ""), (0.001, 0.02, "−200% of")]
+)
+def test_a_difference_is_no_share_of_a_ceiling_that_may_be_0(low, nats, share):
+    """−0.04 nats would be "−10,000% of the ceiling" of 0.0004."""
+    found = family(qwen(ceiling=[ceiling(low, nats=nats)]))
+    (pair,) = [each for each in effects(found) if each.control.name == "q_ttt_at_evaluation"]
+    assert pair.whole.interval.estimate == pytest.approx(-0.04)
+    assert pair.whole.of_ceiling == (f"{share} the ceiling" if share else "")
+    rows = csv.DictReader(io.StringIO(differences_csv([found])))
+    assert any(row["share_of_ceiling"] for row in rows) == bool(share)
+
+
 def test_healing_stands_apart_from_gain():
     """Damage 0.9 → 0.1 beyond the window heals 0.8 and wins nothing; what updates add is 0.04."""
     records = qwen()

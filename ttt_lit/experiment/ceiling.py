@@ -63,8 +63,8 @@ def study_ceiling(judged: Sequence[Arm], arms: Sequence[Arm]) -> StudyCeiling:
     return StudyCeiling(window=window, ceiling=found_rows[0])
 
 
-def of_ceiling(estimate: float, ceiling: Ceiling | None) -> str:
-    """A difference as a share of the ceiling, ``−19% of the ceiling``; empty where there is none, or none above 0."""
-    if ceiling is None or ceiling.nats <= 0:
-        return ""
-    return f"{estimate / ceiling.nats:+.0%} of the ceiling".replace("-", "−")
+def share_of_ceiling(estimate: float, ceiling: Ceiling | None) -> float | None:
+    """A difference as a share of the ceiling; None where the ceiling is not known to be above 0, so that a share would say nothing."""
+    if ceiling is None or ceiling.low is None or ceiling.low <= 0:
+        return None
+    return estimate / ceiling.nats
