@@ -90,6 +90,19 @@ def test_the_gate_reads_the_best_matched_control_without_updates(study):
     assert all("of the ceiling, 2 seeds" in value for _, value in gate.numbers)
 
 
+def test_losing_to_the_control_is_not_called_harm_of_the_updates():
+    """On − off is −0.03, and yet the other training is ahead by 0.05: that says nothing about updates alone."""
+    records = qwen()
+    for record in records[4:6]:
+        record.stages[0].validations[0] = validation(dict.fromkeys(IDS, 2.55), inner="off")
+    found = family(records)
+    gate = own_part_gate(found, "q_p1_bridge", "", found.matched("q_p1_bridge", ""), resamples=200)
+    assert gate.outcome == "fail"
+    assert gate.reasons[0].startswith("q_p1_bridge − q_ttt_at_evaluation read without updates: +0.0500")
+    assert "or by the other training" in gate.reasons[0]
+    assert not any("updates do harm" in reason for reason in gate.reasons)
+
+
 def test_where_attention_stays_as_imported_the_imported_model_trained_further_is_the_control():
     """No branch on a family: whatever starts alike, sees alike and never updates."""
     hybrid = (512, None)
