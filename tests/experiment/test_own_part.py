@@ -12,7 +12,7 @@ from ttt_lit.experiment.own_part import ceiling_sentence, controls, own_part_gat
 from ttt_lit.experiment.page.blocks import Grid, Listing, Paragraph
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.sheets import differences_csv
-from ttt_lit.experiment.record import Damage
+from ttt_lit.experiment.record import Damage, Start
 from ttt_lit.experiment.report.decision import decision
 from ttt_lit.experiment.study import read_study
 from ttt_lit.experiment.two_by_two import cells, effects
@@ -132,6 +132,24 @@ def test_a_study_without_a_ceiling_says_how_to_measure_one_and_one_with_two_says
     assert family(records).ceiling.ceiling is None
     records[3].ceiling = []  # a run that carries none contradicts none
     assert family(records).ceiling.ceiling == ceiling(0.05)
+
+
+def test_the_ceiling_of_a_model_that_the_candidates_do_not_come_from_is_none():
+    """Arms from random weights may carry it: any model of their shape was accepted there."""
+    records = qwen()
+    for record in records[:2]:
+        record.ceiling = [ceiling(0.05, checkpoint="coder (abab)", digest="ab" * 32)]
+    study = read_study(records)
+    (problem,) = [problem for problem in study.problems if "ceiling" in problem]
+    assert "measured on coder (abab), from which q_p1_bridge did not start" in problem
+    (found,) = study.families.values()
+    assert (found.ceiling.ceiling, found.ceiling.window) == (None, 8192)
+    assert "could pass" in ceiling_sentence(found)
+    for record in records[2:4]:  # trained further before: the model behind it counts
+        record.start = Start(
+            source="b1", weights_hash="c" * 64, lineage=[{"operation": "fit", "source_hash": "ab" * 32}]
+        )
+    assert family(records).ceiling.ceiling.digest == "ab" * 32
 
 
 def test_what_updates_do_to_an_unprepared_control_is_no_harm_of_its_training():

@@ -60,7 +60,19 @@ def study_ceiling(judged: Sequence[Arm], arms: Sequence[Arm]) -> StudyCeiling:
         )
     if not found_rows:
         return StudyCeiling(window=window, problem=f"no ceiling was measured for window {window:,}; {HOW_TO_MEASURE}")
-    return StudyCeiling(window=window, ceiling=found_rows[0])
+    (row,) = found_rows
+    foreign = [arm.name for arm in judged if not all(_is_of(row, record) for record in arm.records)]
+    if foreign:
+        return StudyCeiling(
+            window=window,
+            problem=f"its ceiling was measured on {row.checkpoint}, from which {', '.join(foreign)} did not start; {HOW_TO_MEASURE}",
+        )
+    return StudyCeiling(window=window, ceiling=row)
+
+
+def _is_of(row: Ceiling, record: RunRecord) -> bool:
+    """Whether a ceiling is that of the model that a run was made from. A run from random weights has none of its own."""
+    return record.start.source is None or row.digest in record.start.models
 
 
 def share_of_ceiling(estimate: float, ceiling: Ceiling | None) -> float | None:
