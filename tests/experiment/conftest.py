@@ -132,7 +132,15 @@ def demo(*, run_id="demo-1", swa=SWA, off=SWA, on=TTT_ON, after=3.5, windows=(WI
         parents=[Parent(name="pretrain/1", stage="A", gpu_seconds=150.0, tokens=1_146_880)],
         ceiling=[
             Ceiling(
-                window=WINDOW, stride=64, nats=0.1, low=0.08, high=0.12, blocks=4, documents=4, checkpoint="demo (0123)"
+                window=WINDOW,
+                stride=64,
+                nats=0.1,
+                low=0.08,
+                high=0.12,
+                blocks=4,
+                documents=4,
+                checkpoint="demo (0123)",
+                digest="0123",
             )
         ],
     )

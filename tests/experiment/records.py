@@ -19,6 +19,8 @@ from ttt_lit.experiment.record import (
 CONTEXT = 32_768
 STEP_TOKENS = 524_288
 STEPS = 240
+IMPORTED = "d" * 64
+"""Hash of the imported model that every arm starts from, and that ceilings are of."""
 FALLING = tuple(3.0 - 0.02 * tenth for tenth in range(10))
 
 
@@ -52,13 +54,13 @@ def validation(losses, *, context=CONTEXT, deciles=FALLING, short=None, inner="o
     )
 
 
-def ceiling(low, *, nats=None, documents=40, window=8192, checkpoint="dense"):
+def ceiling(low, *, nats=None, documents=40, window=8192, checkpoint="dense", digest=IMPORTED):
     """That context beyond the window is worth ``low`` nats per token at least; None: no interval."""
     centre = nats if nats is not None else (low or 0.0) + 0.005
     high = None if low is None else centre + 0.005
     return Ceiling(
         window=window, stride=1024, nats=centre, low=low, high=high, blocks=documents, documents=documents,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint, digest=digest,
     )  # fmt: skip
 
 
@@ -88,7 +90,9 @@ def run(experiment, role, losses, *, seed=0, hours=100.0, final=None, train_loss
         "model": Model(family="qwen2", num_parameters=1, num_layers=1, ttt_layers=[0]),
         "data": Data(tokenizer="t", short="s", long="l"),
         "environment": Environment(device="H200"),
-        "start": Start(source=None if role in ("ttt_scratch", "fa_scratch") else "checkpoint"),
+        "start": Start()
+        if role in ("ttt_scratch", "fa_scratch")
+        else Start(source="checkpoint", weights_hash=IMPORTED),
         "stages": [stage(losses=train_losses, validations=[final], steps=steps)],
         "totals": Spent(
             optimizer_steps=steps,

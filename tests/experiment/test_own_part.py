@@ -12,7 +12,7 @@ from ttt_lit.experiment.own_part import ceiling_sentence, controls, own_part_gat
 from ttt_lit.experiment.page.blocks import Grid, Listing, Paragraph
 from ttt_lit.experiment.page.build import build_page
 from ttt_lit.experiment.page.sheets import differences_csv
-from ttt_lit.experiment.record import Damage
+from ttt_lit.experiment.record import Damage, Start
 from ttt_lit.experiment.report.decision import decision
 from ttt_lit.experiment.study import read_study
 from ttt_lit.experiment.two_by_two import cells, effects
@@ -90,6 +90,19 @@ def test_the_gate_reads_the_best_matched_control_without_updates(study):
     assert all("of the ceiling, 2 seeds" in value for _, value in gate.numbers)
 
 
+def test_losing_to_the_control_is_not_called_harm_of_the_updates():
+    """On − off is −0.03, and yet the other training is ahead by 0.05: that says nothing about updates alone."""
+    records = qwen()
+    for record in records[4:6]:
+        record.stages[0].validations[0] = validation(dict.fromkeys(IDS, 2.55), inner="off")
+    found = family(records)
+    gate = own_part_gate(found, "q_p1_bridge", "", found.matched("q_p1_bridge", ""), resamples=200)
+    assert gate.outcome == "fail"
+    assert gate.reasons[0].startswith("q_p1_bridge − q_ttt_at_evaluation read without updates: +0.0500")
+    assert "or by the other training" in gate.reasons[0]
+    assert not any("updates do harm" in reason for reason in gate.reasons)
+
+
 def test_where_attention_stays_as_imported_the_imported_model_trained_further_is_the_control():
     """No branch on a family: whatever starts alike, sees alike and never updates."""
     hybrid = (512, None)
@@ -119,6 +132,24 @@ def test_a_study_without_a_ceiling_says_how_to_measure_one_and_one_with_two_says
     assert family(records).ceiling.ceiling is None
     records[3].ceiling = []  # a run that carries none contradicts none
     assert family(records).ceiling.ceiling == ceiling(0.05)
+
+
+def test_the_ceiling_of_a_model_that_the_candidates_do_not_come_from_is_none():
+    """Arms from random weights may carry it: any model of their shape was accepted there."""
+    records = qwen()
+    for record in records[:2]:
+        record.ceiling = [ceiling(0.05, checkpoint="coder (abab)", digest="ab" * 32)]
+    study = read_study(records)
+    (problem,) = [problem for problem in study.problems if "ceiling" in problem]
+    assert "measured on coder (abab), from which q_p1_bridge did not start" in problem
+    (found,) = study.families.values()
+    assert (found.ceiling.ceiling, found.ceiling.window) == (None, 8192)
+    assert "could pass" in ceiling_sentence(found)
+    for record in records[2:4]:  # trained further before: the model behind it counts
+        record.start = Start(
+            source="b1", weights_hash="c" * 64, lineage=[{"operation": "fit", "source_hash": "ab" * 32}]
+        )
+    assert family(records).ceiling.ceiling.digest == "ab" * 32
 
 
 def test_what_updates_do_to_an_unprepared_control_is_no_harm_of_its_training():
@@ -166,6 +197,19 @@ def test_the_sheet_of_differences_and_the_terminal_have_the_same_numbers(study):
     assert (
         "What the gate can tell: All context beyond the window of 8,192 tokens is worth 0.0200 [0.0150, 0.0250]" in text
     )
+
+
+@pytest.mark.parametrize(
+    "low, nats, share", [(0.0, 0.0004, ""), (-0.001, 0.02, ""), (None, 0.02, ""), (0.001, 0.02, "−200% of")]
+)
+def test_a_difference_is_no_share_of_a_ceiling_that_may_be_0(low, nats, share):
+    """−0.04 nats would be "−10,000% of the ceiling" of 0.0004."""
+    found = family(qwen(ceiling=[ceiling(low, nats=nats)]))
+    (pair,) = [each for each in effects(found) if each.control.name == "q_ttt_at_evaluation"]
+    assert pair.whole.interval.estimate == pytest.approx(-0.04)
+    assert pair.whole.of_ceiling == (f"{share} the ceiling" if share else "")
+    rows = csv.DictReader(io.StringIO(differences_csv([found])))
+    assert any(row["share_of_ceiling"] for row in rows) == bool(share)
 
 
 def test_healing_stands_apart_from_gain():

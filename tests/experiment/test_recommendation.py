@@ -20,8 +20,16 @@ def losses(mean):
     return dict.fromkeys(IDS, mean)
 
 
-def baseline(seeds=(0, 1)):
-    return [run("q_ttt_scratch", "ttt_scratch", losses(3.0), seed=seed) for seed in seeds]
+def with_off(record, worth):
+    """The run read without updates too: ``worth`` nats worse than with."""
+    (on,) = record.stages[0].validations
+    record.stages[0].validations.append(validation(losses(on.nats_per_token + worth), inner="off"))
+    return record
+
+
+def baseline(seeds=(0, 1), *, memory=0.02):
+    """``memory``: nats that its inner updates win."""
+    return [with_off(run("q_ttt_scratch", "ttt_scratch", losses(3.0), seed=seed), memory) for seed in seeds]
 
 
 def candidate(deltas, *, experiment="q_p1_bridge", seeds=(0, 1), deciles=FALLING, train_losses=None, **fields):
@@ -47,6 +55,23 @@ def test_a_saving_with_sound_secondary_gates_says_scale_up():
     assert (found.family, found.verdict) == ("qwen2", "scale up")
     assert "saves 50.0%" in found.why
     assert "next size" in found.would_change
+
+
+@pytest.mark.parametrize("memory, verdict", [(0.02, "scale up"), (0.009, "not yet"), (0.0, "not yet")])
+def test_a_high_ceiling_excuses_nobody_where_the_baseline_itself_wins_less_than_the_gate(memory, verdict):
+    """A candidate without memory (nothing is known of its updates) equals such a baseline to 0.01, whatever there was to remember."""
+    found = recommended(*baseline(memory=memory), *candidate(PASSES))
+    assert found.verdict == verdict
+    assert ("a model without memory could pass" in found.why) == (verdict == "not yet")
+
+
+def test_updates_that_do_harm_forbid_scaling_up_whatever_the_ceiling():
+    harmed = [with_off(each, -0.02) for each in candidate(PASSES)]
+    found = recommended(*baseline(), *harmed)
+    assert found.verdict == "not yet"
+    assert "the gate of TTT's own part is failed" in found.why
+    assert "could pass" not in found.why
+    assert "wholly above 0: updates do harm" in found.would_change
 
 
 @pytest.mark.parametrize("hours, words", [(None, "evidence is insufficient"), (75.0, "the gate fails")])

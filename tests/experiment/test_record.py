@@ -45,6 +45,9 @@ def test_a_record_that_is_older_than_the_ceiling_and_the_damage_is_read_and_no_o
         del each["damage"]
     read = RunRecord.from_dict(old)
     assert (read.ceiling, read.imported, [each.damage for each in read.stages]) == ([], [], [[], []])
+    without = json.loads(json.dumps(whole.to_dict()))
+    del without["ceiling"][0]["digest"]
+    assert RunRecord.from_dict(without).ceiling[0].digest == ""
     for name in old:
         with pytest.raises(ValueError, match="schema_version|misses fields"):
             RunRecord.from_dict({key: value for key, value in old.items() if key != name})

@@ -7,24 +7,33 @@ import tiny
 from fitting import run
 
 import cli
+from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.experiment.record import Ceiling, RunRecord
 from ttt_lit.identity import hash_file
 
 ROW = {"window": 16, "stride": 4, "nats": 0.05, "low": 0.03, "high": 0.07, "blocks": 4, "documents": 3, "seconds": 1.0}
+PARAMETERS = tiny.tiny_spec().num_parameters()
+ONLY_C = ("--model.stages.B1=null", "--model.stages.B2=null")
 
 
 @pytest.fixture
-def probe(world, tmp_path):
+def digest(world):
+    return load_checkpoint(world / "checkpoint").weights_hash
+
+
+@pytest.fixture
+def probe(world, tmp_path, digest):
     """A function that writes a probe of the tiny world's checkpoint and long data, with changes."""
 
     def write(**changes):
         whole = {
             "schema_version": 1,
-            "checkpoint": {"name": "dense", "digest": "0123456789abcdef" * 4, "family": "qwen2", "num_parameters": 1},
+            "checkpoint": {"name": "dense", "digest": digest, "family": "qwen2", "num_parameters": PARAMETERS},
             "data": {"manifest": hash_file(world / "long" / "manifest.json"), "context": tiny.LONG},
             "ceiling": [ROW | {"window": 8, "low": None, "high": None}, ROW],
         }
-        whole["data"] |= changes.pop("data", {})
+        for part in ("data", "checkpoint"):
+            whole[part] |= changes.pop(part, {})
         path = tmp_path / "probe.json"
         path.write_text(json.dumps(whole | changes))
         return f"--model.validation.probe={path}"
@@ -32,10 +41,10 @@ def probe(world, tmp_path):
     return write
 
 
-def test_the_record_carries_every_ceiling_of_the_probe(world, tmp_path, probe):
-    stages = [f"--model.stages.{name}=null" for name in ("B1", "B2")]
-    record = RunRecord.read(run(world, tmp_path / "runs", probe(), *stages, steps=2).run.folder)
-    known = {"window": 16, "stride": 4, "nats": 0.05, "blocks": 4, "documents": 3, "checkpoint": "dense (0123456789ab)"}
+def test_the_record_carries_every_ceiling_of_the_probe(world, tmp_path, probe, digest):
+    record = RunRecord.read(run(world, tmp_path / "runs", probe(), *ONLY_C, steps=2).run.folder)
+    known = {"window": 16, "stride": 4, "nats": 0.05, "blocks": 4, "documents": 3}
+    known |= {"checkpoint": f"dense ({digest[:12]})", "digest": digest}
     assert record.ceiling == [
         Ceiling(**known | {"window": 8, "low": None, "high": None}),
         Ceiling(**known, low=0.03, high=0.07),
@@ -46,12 +55,27 @@ def test_the_record_carries_every_ceiling_of_the_probe(world, tmp_path, probe):
 def test_a_last_stage_that_sees_everything_needs_no_window(world, tmp_path, probe):
     dense = '--model.stages.C={"enabled": true, "attention": "dense"}'
     given = probe(ceiling=[ROW | {"window": 8}])
-    record = RunRecord.read(
-        run(
-            world, tmp_path / "runs", given, "--model.stages.B1=null", "--model.stages.B2=null", dense, steps=2
-        ).run.folder
-    )
+    record = RunRecord.read(run(world, tmp_path / "runs", given, *ONLY_C, dense, steps=2).run.folder)
     assert [each.window for each in record.ceiling] == [8]
+
+
+def test_a_run_that_goes_on_from_a_converted_one_takes_the_probe_of_the_imported_model(world, tmp_path, probe, digest):
+    folder = run(world, tmp_path / "runs", *ONLY_C, steps=2).run.folder
+    assert load_checkpoint(folder / "checkpoints" / "C").weights_hash != digest
+    start = f"--model.start.init_from={folder}/checkpoints/C"
+    record = RunRecord.read(run(world, tmp_path / "more", probe(), *ONLY_C, start, steps=2).run.folder)
+    assert {each.digest for each in record.ceiling} == {digest}
+    assert digest in record.start.models
+
+
+def test_random_weights_take_the_probe_of_any_model_of_their_shape_and_no_other(world, tmp_path, probe, capsys):
+    scratch = (*ONLY_C, "--model.start.init=scratch")
+    other = {"digest": "0123456789abcdef" * 4}
+    record = RunRecord.read(run(world, tmp_path / "runs", probe(checkpoint=other), *scratch, steps=2).run.folder)
+    assert {each.checkpoint for each in record.ceiling} == {"dense (0123456789ab)"}
+    given = probe(checkpoint=other | {"num_parameters": 1})
+    assert cli.main(["fit", *tiny.arguments(world, tmp_path / "no", given, *scratch)]) == 1
+    assert f"num_parameters: got 1, expected {PARAMETERS} as in this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -60,10 +84,11 @@ def test_a_last_stage_that_sees_everything_needs_no_window(world, tmp_path, prob
         ({"data": {"manifest": "another"}}, "manifest of the long data: got another, expected "),
         ({"data": {"context": 64}}, "context: got 64, expected 32"),
         ({"schema_version": 2}, "schema_version: got 2, expected 1"),
+        ({"checkpoint": {"digest": "ab" * 32}}, f"digest of the checkpoint: got {'ab' * 32}, expected "),
         ({"ceiling": [ROW | {"window": 8}]}, "got a ceiling for windows [8], expected one for 16"),
         ({"ceiling": []}, "got a ceiling for windows [], expected one for 16"),
         ({"ceiling": [{"window": 16}]}, "not a probe.json (KeyError"),
-        ({"checkpoint": None}, "not a probe.json (TypeError"),
+        ({"checkpoint": {"digest": None}}, "not a probe.json (TypeError"),
     ],
 )
 def test_a_probe_of_something_else_is_refused_in_one_line(world, tmp_path, probe, capsys, changes, message):

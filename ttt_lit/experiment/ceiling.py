@@ -60,11 +60,23 @@ def study_ceiling(judged: Sequence[Arm], arms: Sequence[Arm]) -> StudyCeiling:
         )
     if not found_rows:
         return StudyCeiling(window=window, problem=f"no ceiling was measured for window {window:,}; {HOW_TO_MEASURE}")
-    return StudyCeiling(window=window, ceiling=found_rows[0])
+    (row,) = found_rows
+    foreign = [arm.name for arm in judged if not all(_is_of(row, record) for record in arm.records)]
+    if foreign:
+        return StudyCeiling(
+            window=window,
+            problem=f"its ceiling was measured on {row.checkpoint}, from which {', '.join(foreign)} did not start; {HOW_TO_MEASURE}",
+        )
+    return StudyCeiling(window=window, ceiling=row)
 
 
-def of_ceiling(estimate: float, ceiling: Ceiling | None) -> str:
-    """A difference as a share of the ceiling, ``−19% of the ceiling``; empty where there is none, or none above 0."""
-    if ceiling is None or ceiling.nats <= 0:
-        return ""
-    return f"{estimate / ceiling.nats:+.0%} of the ceiling".replace("-", "−")
+def _is_of(row: Ceiling, record: RunRecord) -> bool:
+    """Whether a ceiling is that of the model that a run was made from. A run from random weights has none of its own."""
+    return record.start.source is None or row.digest in record.start.models
+
+
+def share_of_ceiling(estimate: float, ceiling: Ceiling | None) -> float | None:
+    """A difference as a share of the ceiling; None where the ceiling is not known to be above 0, so that a share would say nothing."""
+    if ceiling is None or ceiling.low is None or ceiling.low <= 0:
+        return None
+    return estimate / ceiling.nats

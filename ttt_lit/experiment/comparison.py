@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ttt_lit.experiment.arm import Account, Arm, gpu_hours
-from ttt_lit.experiment.ceiling import of_ceiling
+from ttt_lit.experiment.ceiling import share_of_ceiling
 from ttt_lit.experiment.formats import nats
 from ttt_lit.experiment.matching import unequal
 from ttt_lit.experiment.record import Ceiling, EvaluationPoint, Headline, Role, RunRecord, Validation
@@ -35,8 +35,13 @@ class Comparison:
 
     @property
     def of_ceiling(self) -> str:
-        """The difference as a share of the ceiling; empty where one of the two is not known."""
-        return "" if self.interval is None else of_ceiling(self.interval.estimate, self.ceiling)
+        """The share in words, ``−19% of the ceiling``; empty where there is none."""
+        return "" if self.share is None else f"{self.share:+.0%} of the ceiling".replace("-", "−")
+
+    @property
+    def share(self) -> float | None:
+        """The difference as a share of the ceiling; None where the difference is not known, or the ceiling not above 0."""
+        return None if self.interval is None else share_of_ceiling(self.interval.estimate, self.ceiling)
 
 
 Differences = dict[Role, Comparison | None]

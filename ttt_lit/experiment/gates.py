@@ -255,7 +255,7 @@ class CandidateGates:
     own_part: Gate | None
     """TTT's own part in that arm's loss; None: there is no such arm."""
     own_part_required: bool
-    """Whether the ceiling leaves it open that a model without memory passes."""
+    """Whether ceiling and baseline leave it open that a model without memory passes."""
 
     @property
     def name(self) -> str:
@@ -267,8 +267,9 @@ class CandidateGates:
 
     @property
     def open(self) -> list[Gate]:
-        """Secondary gates that did not pass, TTT's own part among them where it is required."""
-        needed = (*self.secondary, *(self._own_part if self.own_part_required else ()))
+        """Secondary gates that did not pass, TTT's own part among them where it is required, and wherever it failed."""
+        counts = self.own_part_required or (self.own_part is not None and self.own_part.outcome == "fail")
+        needed = (*self.secondary, *(self._own_part if counts else ()))
         return [gate for gate in needed if gate.outcome != "pass"]
 
     @property
@@ -297,5 +298,5 @@ def _judge(family: FamilyStudy, experiment: str, variant: str, resamples: int) -
         with_parents=with_parents,
         secondary=secondary,
         own_part=None if arm is None else own_part_gate(family, experiment, variant, arm, resamples=resamples),
-        own_part_required=arm is None or is_required(family, arm),
+        own_part_required=arm is None or is_required(family, arm, resamples=resamples),
     )

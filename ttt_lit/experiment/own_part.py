@@ -22,6 +22,7 @@ from ttt_lit.experiment.verdict import Finding, Gate, gate_of
 MIN_CEILING = 2 * MAX_DELTA
 """Nats per token that context beyond the window must be worth, by the whole interval, for the primary gate to tell a memory from none."""
 GATE_NAME = "TTT's own part"
+OTHER_HARM = "training without updates is better, by what updates do or by the other training"
 
 
 def excludes_none(ceiling: Ceiling) -> bool:
@@ -29,13 +30,26 @@ def excludes_none(ceiling: Ceiling) -> bool:
     return ceiling.low is not None and ceiling.low >= MIN_CEILING and ceiling.documents >= MIN_DOCUMENTS
 
 
-def is_required(family: FamilyStudy, arm: Arm) -> bool:
+def is_required(family: FamilyStudy, arm: Arm, *, resamples: int = RESAMPLES) -> bool:
     """Whether the primary gate alone does not suffice for this arm."""
     known = family.ceiling
-    return known.ceiling is None or not excludes_none(known.ceiling) or arm_windows(arm) != {known.window}
+    if known.ceiling is None or not excludes_none(known.ceiling) or arm_windows(arm) != {known.window}:
+        return True
+    return not _baseline_memory(family, resamples)[0]
 
 
-def ceiling_sentence(family: FamilyStudy) -> str:
+def _baseline_memory(family: FamilyStudy, resamples: int) -> tuple[bool, str]:
+    """Whether inner updates win the baseline more than the gate forgives, and why: however much there is to win, a baseline that wins
+    less than that is equalled by a model without memory."""
+    if family.baseline is None:
+        return False, "there is no baseline"
+    what = f"{family.baseline.name} with − without inner updates"
+    gain = on_minus_off(family, family.baseline, resamples=resamples)
+    findings = list(_helps(gain, what, seeds=1, limit=-MAX_DELTA))
+    return all(outcome == "pass" for outcome, _ in findings), "; ".join(reason for _, reason in findings)
+
+
+def ceiling_sentence(family: FamilyStudy, *, resamples: int = RESAMPLES) -> str:
     """What the ceiling is and what the gate can therefore tell."""
     ceiling = family.ceiling.ceiling
     asks = "a model without memory could pass, and scaling up needs TTT's own part as well"
@@ -49,7 +63,11 @@ def ceiling_sentence(family: FamilyStudy) -> str:
         "memory as good as its full attention"
     )
     if excludes_none(ceiling):
-        return f"{worth}. That is at least {MIN_CEILING:g}, twice the gate's {MAX_DELTA:g}, so the gate can tell a memory from none."
+        enough, why = _baseline_memory(family, resamples)
+        high = f"{worth}. That is at least {MIN_CEILING:g}, twice the gate's {MAX_DELTA:g}"
+        if enough:
+            return f"{high}, and the baseline uses more than {MAX_DELTA:g} of it ({why}): its equal without memory would fail."
+        return f"{high}, but it is not shown that the baseline uses more than {MAX_DELTA:g} of it ({why}): {asks}."
     if ceiling.documents < MIN_DOCUMENTS:
         return f"{worth}. With fewer than {MIN_DOCUMENTS} documents this excludes nothing: {asks}."
     return f"{worth}. This does not exclude less than {MIN_CEILING:g}, twice the gate's {MAX_DELTA:g}: {asks}."
@@ -120,13 +138,16 @@ def own_part_gate(
     else:
         whole = against_control(family, matched, found[0], resamples=resamples)
         what = f"{matched.name} − {found[0].name} read without updates"
-        findings += _helps(whole, what, seeds=MIN_SEEDS)
+        findings += _helps(whole, what, seeds=MIN_SEEDS, harm=OTHER_HARM)
         numbers.append((what, _number(whole)))
     return gate_of(GATE_NAME, judged, findings, numbers)
 
 
-def _helps(comparison: Comparison, what: str, *, seeds: int) -> Iterator[Finding]:
-    """Evidence needs all of the interval below 0. One set of weights is compared with itself by one seed, two trainings by several."""
+def _helps(
+    comparison: Comparison, what: str, *, seeds: int, harm: str = "updates do harm", limit: float = 0.0
+) -> Iterator[Finding]:
+    """Evidence needs all of the interval below ``limit``. One set of weights is compared with itself by one seed, two trainings by
+    several. ``harm``: what an interval above 0 shows."""
     interval = comparison.interval
     yield from (("insufficient", reason) for reason in comparison.reasons)
     if comparison.reasons:
@@ -140,12 +161,12 @@ def _helps(comparison: Comparison, what: str, *, seeds: int) -> Iterator[Finding
         yield "insufficient", f"{text}, {few}"
     elif interval.seeds < seeds:
         yield "insufficient", f"{text}, a single seed of both; run at least {seeds}"
-    elif interval.high < 0:
-        yield "pass", f"{text}, wholly below 0"
+    elif interval.high < limit:
+        yield "pass", f"{text}, wholly below {limit:g}"
     elif interval.low > 0:
-        yield "fail", f"{text}, wholly above 0: updates do harm"
+        yield "fail", f"{text}, wholly above 0: {harm}"
     else:
-        yield "insufficient", f"{text}, which does not exclude 0"
+        yield "insufficient", f"{text}, not wholly below {limit:g}"
 
 
 def _number(comparison: Comparison) -> str:

@@ -35,9 +35,9 @@ class Recommendation:
 def recommend_scaling(family: FamilyStudy, candidates: Sequence[CandidateGates]) -> Recommendation:
     """One verdict for a family, from the gates of its candidates as ``judge_candidates`` makes them.
 
-    Scale up: a candidate passes the primary gate under the marginal account and all secondary gates, and where a model without memory
-    could pass too, shows TTT's own part. No: every candidate fails the
-    primary gate. Not yet: anything else. Ablations without wall-clock-matched runs are left out where any candidate has them.
+    Scale up: a candidate passes the primary gate under the marginal account and all secondary gates, does not fail the gate of TTT's own
+    part, and passes it where a model without memory could pass the primary gate too. No: every candidate fails the primary gate. Not yet:
+    anything else. Ablations without wall-clock-matched runs are left out where any candidate has them.
     """
     judged = _deciding(family, candidates)
     if not judged:
@@ -94,7 +94,7 @@ def _own_part(best: CandidateGates) -> str:
         return ""
     if best.own_part_required:
         return "A model without memory could pass too, but TTT's own part is shown. "
-    return f"{GATE_NAME} is {_said(gate)}, which the ceiling does not ask for. "
+    return f"{GATE_NAME} is {_said(gate)}, which ceiling and baseline do not ask for. "
 
 
 def _almost(family: FamilyStudy, best: CandidateGates) -> Recommendation:
@@ -104,12 +104,16 @@ def _almost(family: FamilyStudy, best: CandidateGates) -> Recommendation:
         return _recommendation(
             family, "not yet", f"{why}.", f"A run of {gate.subject} without this: {gate.reasons[0]}."
         )
+    elsewhere = (
+        f" Or a study with a ceiling of at least {MIN_CEILING:g}, as at a smaller window, of which the baseline uses more than "
+        f"{MAX_DELTA:g}."
+    )
     return _recommendation(
         family,
         "not yet",
-        f"{why}, and a model without memory could pass.",
-        f"That inner updates lower the loss, alone and against the control, by intervals wholly below 0; what is in the way: "
-        f"{gate.reasons[0]}. Or a study with a ceiling of at least {MIN_CEILING:g}, as at a smaller window.",
+        why + (", and a model without memory could pass." if best.own_part_required else "."),
+        "That inner updates lower the loss, alone and against the control, by intervals wholly below 0; what is in the way: "
+        f"{gate.reasons[0]}.{'' if gate.outcome == 'fail' else elsewhere}",
     )
 
 

@@ -38,6 +38,14 @@ class Start:
     receipt: dict[str, Any] = field(default_factory=dict)
     """Which tensors were inherited, new or dropped."""
 
+    @property
+    def models(self) -> set[str | None]:
+        """Hashes of the weights that it began with, and with which the runs began that made these."""
+        return {
+            self.weights_hash,
+            *(step.get("source_hash") for step in self.lineage if step.get("operation") == "fit"),
+        }
+
 
 @dataclass(kw_only=True)
 class Model:
@@ -259,7 +267,9 @@ class Ceiling:
     blocks: int
     documents: int
     checkpoint: str
-    """Name and hash of the model that was probed."""
+    """Name and the hash's first digits of the model that was probed."""
+    digest: str = field(default="", metadata=ADDED_LATER)
+    """SHA-256 that identifies its weights, as ``weights_hash`` of a start that is this model; empty: not known."""
 
 
 @dataclass(kw_only=True)

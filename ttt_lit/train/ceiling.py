@@ -9,16 +9,21 @@ from typing import Any
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.evaluation import ValidationConfig
+from ttt_lit.train.origin import Origin
 
 _SCHEMA = 1
 _MAKE = "make it with python cli.py probe from the imported model and this run's data.long"
 
 
-def read_ceiling(config: ValidationConfig, data: TokenDataModule, last: ModelSpec) -> list[dict[str, Any]]:
+def read_ceiling(
+    config: ValidationConfig, data: TokenDataModule, origin: Origin, last: ModelSpec
+) -> list[dict[str, Any]]:
     """The ceilings in ``probe.json``, one per window, as the record has them; none where no probe is set.
 
     Parameters:
         data: of the run; the probe must have read the same long data at the same context.
+        origin: of the run; the probe must have read these weights, or those that they were trained from. Random weights have no model of
+            their own: there the imported model of the same shape counts.
         last: the network in the run's last stage. Its window must have been probed, unless a layer sees the whole context.
 
     Raises:
@@ -30,9 +35,16 @@ def read_ceiling(config: ValidationConfig, data: TokenDataModule, last: ModelSpe
     made, ceilings = _parse(Path(config.probe), where)
     context = data.manifest("long").context
     run = {"schema_version": _SCHEMA, "manifest of the long data": data.identity("long"), "context": context}
+    if origin.checkpoint is None:
+        run |= {"family": origin.family, "num_parameters": origin.spec.num_parameters()}
     for what, expected in run.items():
         if made[what] != expected:
             raise ValueError(f"{where}: {what}: got {made[what]}, expected {expected} as in this run; {_MAKE}")
+    if origin.checkpoint is not None and made["digest"] not in _models(origin):
+        expected = " or ".join(_models(origin))
+        raise ValueError(
+            f"{where}: digest of the checkpoint: got {made['digest']}, expected {expected}, which this run comes from; {_MAKE}"
+        )
     widths = [context if layer.window is None else layer.window for layer in last.layers]
     probed = [ceiling["window"] for ceiling in ceilings]
     if max(widths) < context and max(widths) not in probed:
@@ -40,6 +52,12 @@ def read_ceiling(config: ValidationConfig, data: TokenDataModule, last: ModelSpe
             f"{where}: got a ceiling for windows {probed}, expected one for {max(widths)}, the run's last; {_MAKE}, for that window too"
         )
     return ceilings
+
+
+def _models(origin: Origin) -> list[str]:
+    """Hashes of the weights that a run starts from, and of those from which these were trained."""
+    hashes = [origin.weights_hash, *(step.source_hash for step in origin.lineage if step.operation == "fit")]
+    return [each for each in hashes if each is not None]
 
 
 def _parse(path: Path, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -52,11 +70,12 @@ def _parse(path: Path, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]
             "schema_version": probe["schema_version"],
             "manifest of the long data": probe["data"]["manifest"],
             "context": probe["data"]["context"],
+            **{name: probe["checkpoint"][name] for name in ("digest", "family", "num_parameters")},
         }
-        checkpoint = f"{probe['checkpoint']['name']} ({probe['checkpoint']['digest'][:12]})"
+        name, digest = probe["checkpoint"]["name"], probe["checkpoint"]["digest"]
         ceilings = [
             {key: int(row[key]) for key in ("window", "stride", "blocks", "documents")}
-            | {"nats": float(row["nats"]), "checkpoint": checkpoint}
+            | {"nats": float(row["nats"]), "checkpoint": f"{name} ({digest[:12]})", "digest": digest}
             | {end: None if row[end] is None else float(row[end]) for end in ("low", "high")}
             for row in probe["ceiling"]
         ]

@@ -112,7 +112,8 @@ class TTTModule(L.LightningModule):
         check_data(self.datamodule, self.start, self.plans, self.size)
         damaged = self.damage_contexts if stage == "fit" and self.start.origin.checkpoint is not None else ()
         check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
-        self.ceiling = read_ceiling(self.validation, self.datamodule, self.stage_spec(self.plans[-1]))
+        last = self.stage_spec(self.plans[-1])
+        self.ceiling = read_ceiling(self.validation, self.datamodule, self.start.origin, last)
         self.headline = headline_inner(self.validation, self.plans[-1].config.mode, can_update=self.has_inner_loop)
         self.ledger = Ledger(devices=self.trainer.world_size)
         if self._ledger_state is not None:

@@ -83,7 +83,7 @@ def _difference_row(family: str, name: str, each: Comparison) -> Iterator[Value]
     over, ceiling = each.interval, each.ceiling
     yield from (over.estimate, over.low, over.high, over.blocks, over.documents, over.seeds) if over else (None,) * 6
     yield from (ceiling.window, ceiling.nats, ceiling.low, ceiling.high) if ceiling else (None,) * 4
-    yield over.estimate / ceiling.nats if over and ceiling and ceiling.nats > 0 else None
+    yield each.share
     yield from (str(over is not None and not each.reasons).lower(), "; ".join(each.reasons))
 
 
