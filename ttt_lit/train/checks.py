@@ -18,8 +18,8 @@ from ttt_lit.ttt.inner import InnerLoop
 
 # The ledger counts before anyone reads it; a stage is entered before it is watched; a record is complete before it is saved.
 REQUIRED_CALLBACKS: tuple[str, ...] = (
-    *("FairnessBudget", "StageTransition", "StepLog", "DivergenceGuard", "PositionLossLogger"),
-    *("StageCheckpoint", "RunRecorder"),
+    *("FairnessBudget", "StartValidation", "StageTransition", "DamageLog", "StepLog", "DivergenceGuard"),
+    *("PeriodicEvaluation", "PositionLossLogger", "StageCheckpoint", "RunRecorder"),
 )
 
 
