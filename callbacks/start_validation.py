@@ -1,5 +1,5 @@
 """Measures the start checkpoint, as it came: on the blocks that every stage end is measured on, which a control must not be worse on, and
-on those that damage is measured on."""
+on those that damage is measured on, if it is an imported model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StartValidation(L.Callback):
             losses = {entry["inner"]: entry["nats_per_token"]}
             stop_unless_finite(trainer, module, "start validation loss", context=entry["context"], losses=losses)
             for context in module.damage_contexts:
-                curve = position_curves(trainer, module, context, {"off": mode})["off"]
+                curve = position_curves(trainer, module, context, {"off": "none"})["off"]
                 losses, tokens = {"off": float(curve.mean())}, len(curve)
                 stop_unless_finite(trainer, module, "start validation loss", context=tokens, losses=losses)
                 module.history.imported[context] = curve.tolist()

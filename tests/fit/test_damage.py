@@ -104,6 +104,15 @@ def test_a_run_from_random_weights_has_none(world, tmp_path):
     assert (record.imported, [stage.damage for stage in record.stages]) == ([], [[]])
 
 
+def test_a_run_that_continues_another_has_no_imported_model_to_compare_with(bridge, world, tmp_path):
+    parts, _, _ = bridge
+    start = f"--model.start.init_from={parts.run.folder / 'checkpoints' / 'B2'}"
+    stages = [f"--model.stages.{name}=null" for name in ("B1", "B2")]
+    record = RunRecord.read(run(world, tmp_path, start, *stages, steps=2).run.folder)
+    assert (record.imported, [stage.damage for stage in record.stages]) == ([], [[]])
+    assert record.start_validation is not None
+
+
 def test_without_short_documents_the_long_ones_alone_are_measured(world, tmp_path, capsys):
     stages = [f"--model.stages.{name}=null" for name in ("B1", "B2")]
     parts = run(world, tmp_path, *stages, "--data.short=null", steps=2)
@@ -151,3 +160,17 @@ def test_the_console_line_has_a_settings_start_and_end_in_every_context():
     ]
     said = "short +0.500 → +0.100; long +0.200 → -0.050 inside the window, +1.000 → +0.250 beyond it"
     assert describe(entries, "off") == said
+
+
+TOO_SHORT = [f"--model.stages.{name}=null" for name in ("B1", "B2")] + [f"--model.size.short={tiny.LONG}"]
+"""Only long blocks are trained on, and the short documents do not fill the short context."""
+
+
+@pytest.mark.parametrize("extra", ["--model.validation.damage_blocks=0", "--model.start.init=scratch"])
+def test_short_documents_that_nothing_reads_may_be_too_short(world, tmp_path, extra):
+    assert RunRecord.read(run(world, tmp_path, *TOO_SHORT, extra, steps=2).run.folder).status == "finished"
+
+
+def test_short_documents_that_damage_alone_reads_must_fill_the_context(world, tmp_path):
+    with pytest.raises(ValueError, match="^data.short: .* has documents of 16 tokens and more, expected at least 32"):
+        run(world, tmp_path, *TOO_SHORT, steps=2)

@@ -132,10 +132,28 @@ def test_a_teacher_is_refused_where_there_is_none_or_nothing_to_teach(world, tmp
         run(world, tmp_path, *extra, *REST, steps=10)
 
 
-def test_a_start_that_was_converted_already_is_no_teacher(taught, world, tmp_path):
-    parts, _ = taught
-    start = f"--model.start.init_from={parts.run.folder / 'checkpoints' / 'B1'}"
+ONLY = '--model.stages.{}={{"enabled": true, "mode": "none", "share": null}}'
+
+
+@pytest.mark.parametrize(
+    "first, differs",
+    [
+        # Each differs from the imported model in one thing alone.
+        (("--model.ttt=null", ONLY.format("B1")), "windows"),
+        ((ONLY.format("B0"), "--model.stages.B1=null"), "prime MLPs"),
+        (("--model.ttt=null", ONLY.format("B0"), "--model.stages.B1=null"), "weights"),
+    ],
+    ids=["windows", "prime MLPs", "weights"],
+)
+def test_what_a_run_has_changed_is_no_teacher(world, tmp_path, first, differs):
+    rest = ("--model.stages.B2=null", "--model.stages.C=null", "--model.validation.damage_blocks=0")
+    before = run(world, tmp_path, *first, *rest, "--run.id=before", steps=2).run.folder
+    (path,) = (path for path in (before / "checkpoints").glob("B?") if path.is_dir())
+    imported, changed = (load_checkpoint(each).spec for each in (world / "checkpoint", path))
+    windows = [layer.window for layer in imported.layers] != [layer.window for layer in changed.layers]
+    assert (windows, bool(changed.ttt_layers)) == (differs == "windows", differs == "prime MLPs")
+    start = (f"--model.start.init_from={path}", "--model.ttt=null")
     with pytest.raises(
-        ValueError, match="the teacher is the start checkpoint, but that one has narrower windows or prime"
+        ValueError, match="the teacher is the start checkpoint, but that one is a training run's and no"
     ):
-        run(world, tmp_path, start, "--model.ttt=null", TAUGHT, *REST, steps=10)
+        run(world, tmp_path, *start, TAUGHT, *REST, steps=10)

@@ -241,7 +241,7 @@ class Damage:
 
 @dataclass(kw_only=True)
 class Imported:
-    """The start checkpoint's own loss, as it came, on the held-out blocks that damage is measured on."""
+    """The imported model's own loss on the held-out blocks that damage is measured on."""
 
     context: Literal["short", "long"]
     blocks: int
@@ -355,7 +355,7 @@ class RunRecord:
     start_validation: Validation | None = None
     """The start checkpoint as it came, on the blocks that every stage end is measured on, inner loop off; null for random weights."""
     imported: list[Imported] = field(default_factory=list, metadata=ADDED_LATER)
-    """What damage is measured against; empty for random weights, and where it is not measured."""
+    """What damage is measured against; empty where the start checkpoint is not a model as imported, and where damage is not measured."""
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
     totals: Spent = field(default_factory=Spent)

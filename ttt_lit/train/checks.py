@@ -18,8 +18,8 @@ from ttt_lit.ttt.inner import InnerLoop
 
 # The ledger counts before anyone reads it; a stage is entered before it is watched; a record is complete before it is saved.
 REQUIRED_CALLBACKS: tuple[str, ...] = (
-    *("FairnessBudget", "StageTransition", "StepLog", "DivergenceGuard", "PositionLossLogger"),
-    *("StageCheckpoint", "RunRecorder"),
+    *("FairnessBudget", "StartValidation", "StageTransition", "DamageLog", "StepLog", "DivergenceGuard"),
+    *("PeriodicEvaluation", "PositionLossLogger", "StageCheckpoint", "RunRecorder"),
 )
 
 
@@ -130,7 +130,13 @@ def _check_new_lr(plan: StagePlan, start: Start, config: StartConfig) -> None:
         )
 
 
-def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], size: SizeConfig) -> None:
+def check_data(
+    data: TokenDataModule,
+    start: Start,
+    plans: Sequence[StagePlan],
+    size: SizeConfig,
+    damage_contexts: Sequence[Context],
+) -> None:
     """The shards are the model's, and long ones hold blocks that cross no document."""
     if start.origin.tokenizer_hash is None:
         raise ValueError(
@@ -144,8 +150,7 @@ def check_data(data: TokenDataModule, start: Start, plans: Sequence[StagePlan], 
             f"data.long: {data.folders['long']} is {long.layout} with context {long.context}, expected per_document with context "
             f"{size.long} (size.long), so that no block crosses a document; prepare it so"
         )
-    # Where no stage reads them, damage is measured on them.
-    if any(plan.config.context == "short" for plan in plans) or data.folders["short"] is not None:
+    if "short" in damage_contexts or any(plan.config.context == "short" for plan in plans):
         short = data.manifest("short")
         if short.context < size.short:
             raise ValueError(

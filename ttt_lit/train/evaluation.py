@@ -27,7 +27,7 @@ class ValidationConfig:
     """Stages in which the subset is measured."""
     damage_blocks: int = 8
     """Held-out blocks of each context, long and short, on which the loss above the imported model's is measured at both ends of every
-    stage, where the run starts from weights; 0: none."""
+    stage, where the run starts from a model as imported; 0: none."""
     headline: Literal["as_trained", "with_updates", "without_updates"] = "as_trained"
     """Which loss of the last stage speaks for the run in a comparison. ``as_trained``: with inner updates exactly where the stage
     trains with them; ``with_updates`` is the control that learns while reading without ever having been trained to."""

@@ -53,7 +53,7 @@ class History:
     start_validation: dict[str, Any] | None = None
     """The start checkpoint, as it came."""
     imported: dict[str, list[float]] = field(default_factory=dict)
-    """Context → the start checkpoint's mean loss at each position of the blocks that damage is measured on; empty: it is not measured."""
+    """Context → the imported model's mean loss at each position of the blocks that damage is measured on; empty: it is not measured."""
 
     def stage(self, name: str) -> StageHistory:
         return self.stages.setdefault(name, StageHistory())

@@ -109,8 +109,8 @@ class TTTModule(L.LightningModule):
             check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         used = self.plans if stage == "fit" else (self.plans[self.validate_stage],)
         check_stages(used, self.start, self.start_config, self.inner, self.size)
-        check_data(self.datamodule, self.start, self.plans, self.size)
-        damaged = self.damage_contexts if stage == "fit" and self.start.origin.checkpoint is not None else ()
+        damaged = self.damage_contexts if stage == "fit" else ()
+        check_data(self.datamodule, self.start, self.plans, self.size, damaged)
         check_validation(self.datamodule, self.validation, self.size, damaged, world_size=self.trainer.world_size)
         last = self.stage_spec(self.plans[-1])
         self.ceiling = read_ceiling(self.validation, self.datamodule, self.start.origin, last)
@@ -302,8 +302,8 @@ class TTTModule(L.LightningModule):
 
     @property
     def damage_contexts(self) -> tuple[Context, ...]:
-        """The contexts on which damage is measured, if it is: the short one where the run has short documents."""
-        if not self.validation.damage_blocks:
+        """The contexts on which damage is measured, if the run starts from a model as imported: the short one where it has short documents."""
+        if not (self.validation.damage_blocks and self.start.origin.as_imported):
             return ()
         return ("short", "long") if self.datamodule.folders["short"] is not None else ("long",)
 

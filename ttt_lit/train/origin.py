@@ -40,6 +40,12 @@ class Origin:
             return tuple(last.parameters["imported_windows"])
         return tuple(layer.window for layer in self.spec.layers)
 
+    @property
+    def as_imported(self) -> bool:
+        """Whether these are an imported model's weights and attention, to which no training run has done anything since: what damage is
+        measured against, and what may teach."""
+        return self.checkpoint is not None and (not self.lineage or self.lineage[-1].operation != "fit")
+
     def shape_only(self) -> Origin:
         """The same network without weights, history and prime MLPs: what a run from random weights starts from."""
         spec = with_windows(self.spec, self.imported_windows)

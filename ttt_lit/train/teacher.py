@@ -32,12 +32,11 @@ class Teacher(nn.Module):
 
 
 def check_teacher(origin: Origin) -> None:
-    """ValueError unless the start checkpoint is a model as it was imported: with its own attention, and nothing added."""
-    windows = tuple(layer.window for layer in origin.spec.layers)
-    if origin.spec.ttt_layers or windows != origin.imported_windows:
+    """ValueError unless the start checkpoint is a model as it was imported."""
+    if not origin.as_imported:
         raise ValueError(
-            "teacher_kl: the teacher is the start checkpoint, but that one has narrower windows or prime MLPs already; start from the "
-            "imported checkpoint, or set teacher_kl: 0"
+            "teacher_kl: the teacher is the start checkpoint, but that one is a training run's and no longer the model as imported; start "
+            "from the imported checkpoint, or set teacher_kl: 0"
         )
 
 
