@@ -68,6 +68,28 @@ def test_a_run_that_goes_on_from_a_converted_one_takes_the_probe_of_the_imported
     assert digest in record.start.models
 
 
+def test_what_a_run_has_narrowed_is_not_probed_as_if_imported(world, tmp_path, capsys):
+    """Its windows would be opened again, and the loss of weights that were trained without them taken for the imported model's."""
+    stages = (
+        '--model.stages.B1={"enabled": true, "share": null}',
+        "--model.stages.B2=null",
+        "--model.stages.C=null",
+        "--model.ttt=null",
+    )
+    folder = run(world, tmp_path / "runs", *stages, steps=2).run.folder
+    given = [
+        "--checkpoint",
+        f"{folder}/checkpoints/B1",
+        "--data",
+        str(world / "long"),
+        "--output",
+        str(tmp_path / "probe"),
+    ]
+    assert cli.main(["probe", *given]) == 1
+    assert "or narrowed windows; a probe says what a conversion will do" in capsys.readouterr().err
+    assert not (tmp_path / "probe" / "probe.json").exists()
+
+
 def test_random_weights_take_the_probe_of_any_model_of_their_shape_and_no_other(world, tmp_path, probe, capsys):
     scratch = (*ONLY_C, "--model.start.init=scratch")
     other = {"digest": "0123456789abcdef" * 4}

@@ -180,10 +180,10 @@ class Results:
 def _start(config: ProbeConfig) -> Start:
     """The network with prime MLPs that are copies, of a checkpoint that has none."""
     origin = origin_of_checkpoint(config.checkpoint)
-    if any(layer.prime is not None or layer.fast is not None for layer in origin.spec.layers):
+    if origin.spec != origin.shape_only().spec:
         raise ValueError(
-            f"--checkpoint: {config.checkpoint} has TTT layers already; a probe says what a conversion will do, so give it the checkpoint "
-            "that is to be converted"
+            f"--checkpoint: {config.checkpoint} has TTT layers already, or narrowed windows; a probe says what a conversion will do, so "
+            "give it the checkpoint that is to be converted"
         )
     if origin.tokenizer_hash is None:
         raise ValueError(
