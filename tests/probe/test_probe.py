@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The command computes in float32, the specification here in float64.
 CLOSE = 2e-5
 SMALL = ("--sinks", "0", "2", "--max-documents", "4", "--sweep-documents", "3", "--inner-rates", "0.5", "0.1")
+SMALL = (*SMALL, "--precision", "32-true", "--device", "cpu")
 
 
 def arguments(world, output, *more):

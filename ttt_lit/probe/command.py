@@ -14,7 +14,16 @@ from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.experiment.drawing import png_bytes, replace_file
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.probe.blocks import held_out_blocks
-from ttt_lit.probe.config import CLIP, Plan, ProbeConfig, layer_policy, make_plan
+from ttt_lit.probe.config import (
+    CLIP,
+    Plan,
+    Precision,
+    ProbeConfig,
+    choose_device,
+    choose_precision,
+    layer_policy,
+    make_plan,
+)
 from ttt_lit.probe.figure import picture
 from ttt_lit.probe.report import markdown, overlay
 from ttt_lit.probe.rows import Key, Rows
@@ -33,15 +42,15 @@ def probe(config: ProbeConfig, command: str) -> int:
     data = TokenDataModule(long=config.data)
     data.setup()
     plan = make_plan(config, config.context or data.manifest("long").context)
+    device = choose_device(config.device)
+    precision = config.precision or choose_precision(device)
     start = _start(config)
     data.check_model(start.spec.vocab_size, start.origin.tokenizer_hash)
-    results = Results(config, plan, start, data)
-    tasks = _tasks(config, plan, start, data, results.rows)
+    results = Results(config, plan, precision, start, data)
+    tasks = _tasks(config, plan, device, start, data, results.rows)
     windows = ", ".join(f"{window:,}" for window in plan.windows)
-    print(
-        f"{config.folder}: {len(tasks.blocks)} held-out documents, {plan.context:,} tokens of each, windows {windows}",
-        flush=True,
-    )
+    counts = f"{len(tasks.blocks)} held-out documents, {plan.context:,} tokens of each"
+    print(f"{config.folder}: {counts}, windows {windows}, {precision} on {device}", flush=True)
     try:
         ended = _measure(tasks, results, config)
         results.write(command)
@@ -58,7 +67,7 @@ def _measure(tasks: Tasks, results: Results, config: ProbeConfig) -> str:
     ahead = (task for phase in tasks.phases for task in phase() if not results.has(task))
     left = sum({(task.keys, task.block.id): task.work for task in ahead}.values())
     began, done = time.monotonic(), 0.0
-    precision = torch.autocast(tasks.device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed")
+    half = results.header["settings"]["precision"] == "bf16-mixed"
     for phase in tasks.phases:
         for task in phase():
             if results.has(task):
@@ -66,7 +75,7 @@ def _measure(tasks: Tasks, results: Results, config: ProbeConfig) -> str:
             spent = time.monotonic() - began
             if config.max_minutes is not None and done and spent * (1 + task.work / done) > 60 * config.max_minutes:
                 return f"stopped before --max-minutes {config.max_minutes:g} are over; the same command continues"
-            with precision:
+            with torch.autocast(tasks.device.type, torch.bfloat16, enabled=half):
                 found = list(task.run())
             done += task.work
             results.add(task, found, time.monotonic() - began - spent)
@@ -96,7 +105,9 @@ class Results:
         ValueError: the folder holds a probe of something else.
     """
 
-    def __init__(self, config: ProbeConfig, plan: Plan, start: Start, data: TokenDataModule) -> None:
+    def __init__(
+        self, config: ProbeConfig, plan: Plan, precision: Precision, start: Start, data: TokenDataModule
+    ) -> None:
         self.folder, self.plan, self.rows, self.seconds = config.folder, plan, Rows(), 0.0
         self.header: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -108,7 +119,7 @@ class Results:
             },
             "data": {"name": config.data, "manifest": data.identity("long"), "context": plan.context},
             "settings": {
-                "precision": config.precision,
+                "precision": precision,
                 "chunk": plan.chunk,
                 "clip": CLIP,
                 "ttt_layers": list(start.spec.ttt_layers),
@@ -184,15 +195,9 @@ def _start(config: ProbeConfig) -> Start:
     )
 
 
-def _tasks(config: ProbeConfig, plan: Plan, start: Start, data: TokenDataModule, rows: Rows) -> Tasks:
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device: got {name}, expected cpu, cuda or another device that torch has here ({error})"
-        ) from error
+def _tasks(
+    config: ProbeConfig, plan: Plan, device: torch.device, start: Start, data: TokenDataModule, rows: Rows
+) -> Tasks:
     blocks = held_out_blocks(data, plan.context, config.max_documents)
     with torch.device("meta"):
         decoder = Decoder(start.spec)

@@ -26,7 +26,7 @@ def markdown(probe: Probe, command: str) -> str:
     parts = [
         f"# What a conversion does to {checkpoint['name']}",
         *sentences(probe),
-        "![Left: loss by position. Right: the ceiling.](probe.png)",
+        "![Left: damage by position. Right: the ceiling.](probe.png)",
         f"`{command}`",
         f"{checkpoint['family']}, {checkpoint['num_parameters']:,} parameters; {counted(data['documents'], 'held-out document')} "
         f"of {data['name']}, {data['context']:,} tokens of each; {settings['precision']}; {probe['seconds'] / 60:.1f} minutes on "

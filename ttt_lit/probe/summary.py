@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ttt_lit.experiment.gates import MAX_DELTA
-from ttt_lit.experiment.own_part import excludes_none
+from ttt_lit.experiment.own_part import MIN_CEILING, excludes_none
 from ttt_lit.experiment.record import Ceiling
-from ttt_lit.probe.config import Plan
+from ttt_lit.probe.config import Plan, curve_buckets
 from ttt_lit.probe.rows import IMPORTED, Key, Rows
-from ttt_lit.train.position import position_buckets
 
 WORTH_KEEPING = 0.1
 """Nats per token beyond the window that sinks leave on top of what the lost context is worth, above which layers are recommended to be
@@ -80,7 +79,7 @@ def _imported(rows: Rows, plan: Plan) -> dict[str, Any] | None:
     values = rows.column(IMPORTED, "loss")
     if not values:
         return None
-    buckets = [{"start": start, "stop": stop} for start, stop in position_buckets(plan.context)]
+    buckets = [{"start": start, "stop": stop} for start, stop in curve_buckets(plan.context)]
     return {
         **rows.interval(values),
         **rows.counts(values),
@@ -172,7 +171,7 @@ def _inner(rows: Rows, key: Key) -> dict[str, Any]:
 def _recommendation(rows: Rows, found: Mapping[str, Any], plan: Plan) -> dict[str, Any] | None:
     if not (found["ceiling"] and found["damage"]):
         return None
-    telling = [row for row in found["ceiling"] if excludes_none(_as_recorded(row))]
+    telling = [row for row in found["ceiling"] if row["low"] is not None and row["low"] >= MIN_CEILING]
     ceiling = (
         max(telling, key=lambda row: row["window"]) if telling else max(found["ceiling"], key=lambda row: row["nats"])
     )
@@ -184,7 +183,7 @@ def _recommendation(rows: Rows, found: Mapping[str, Any], plan: Plan) -> dict[st
         "sink_tokens": sinks,
         "full_attention_layers": _kept(found, plan, sinks),
         "inner_lr": None if rate is None else rate["rate"],
-        "gate_can_tell": bool(telling),
+        "gate_can_tell": excludes_none(_as_recorded(ceiling)),
     }
 
 

@@ -15,10 +15,10 @@ from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import LayerSpec, ModelSpec
 from ttt_lit.probe import measure
 from ttt_lit.probe.blocks import Block, spread
-from ttt_lit.probe.config import CLIP, Plan, ProbeConfig
+from ttt_lit.probe.config import CLIP, Plan, ProbeConfig, curve_buckets
 from ttt_lit.probe.rows import IMPORTED, Key, Rows
 from ttt_lit.probe.summary import best_kept, best_sinks
-from ttt_lit.train.position import bucket_means, position_buckets
+from ttt_lit.train.position import bucket_means
 
 Values = dict[str, Any]
 
@@ -208,7 +208,7 @@ class Tasks:
         return self._dense[block.id]
 
     def _values(self, losses: Tensor) -> Values:
-        return {"loss": float(losses.mean()), "curve": bucket_means(losses, position_buckets(self.plan.context))}
+        return {"loss": float(losses.mean()), "curve": bucket_means(losses, curve_buckets(self.plan.context))}
 
     def _pass(self, tokens: float, scored: float | None = None) -> float:
         return tokens * self._per_layer * self.spec.num_layers + (tokens if scored is None else scored) * self._head
