@@ -82,9 +82,10 @@ def _ceilings(axes: Axes, probe: Mapping[str, Any]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(min(windows) / 1.3, max(windows) * 1.3)
-    axes.set_ylim(min(0.0, float(ends.min())) - 0.005, None)
+    low, high = min(0.0, float(ends.min())), max(MIN_CEILING, float(ends.max()), *(row["beyond"] for row in rows))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.45 * (high - low))  # room for the legend above all points
     axes.set_xlabel("window (tokens, log scale)")
     axes.set_ylabel("nats per token")
     axes.set_title("What context beyond the window is worth: the ceiling", loc="left", fontsize=11)
     plain_axes(axes)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")

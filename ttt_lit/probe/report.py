@@ -128,7 +128,7 @@ def _kept_reason(probe: Probe) -> str:
         return "Which layers are worth keeping was not measured."
     best = layers["greedy"][-1]
     names = ", ".join(map(str, best["kept"]))
-    said = f"keeping layers {names} at full attention repairs {best['repaired']:.3f} nats per token beyond the window"
+    said = f"keeping {'layer' if len(best['kept']) == 1 else 'layers'} {names} at full attention repairs {best['repaired']:.3f} nats per token beyond the window"
     if kept:
         return f"Sinks leave more than {WORTH_KEEPING:g} above what the lost context is worth; {said}."
     return f"Not needed, though {said}: sinks leave at most {WORTH_KEEPING:g} above what the lost context is worth."
