@@ -241,8 +241,8 @@ def _probe(arguments: list[str]) -> int:
     parser.add_argument(
         "--max-documents", type=int, help="for the ceiling; default: 20, below which no interval decides"
     )
-    parser.add_argument("--sweep-documents", type=int, help="of these, for damage and inner loop; default: 4")
-    parser.add_argument("--layer-documents", type=int, help="of these, for single layers; 0: none; default: 2")
+    parser.add_argument("--sweep-documents", type=int, help="of these, for damage and inner loop; default: 4, or all")
+    parser.add_argument("--layer-documents", type=int, help="of these, for single layers; 0: none; default: 2, or all")
     parser.add_argument("--keep-layers", type=int, help="length of the greedy list of kept layers; 0: none; default: 2")
     parser.add_argument("--inner-rates", type=float, nargs="*", help="default: 1 0.3 0.1 0.03; none: no inner loop")
     parser.add_argument("--chunk", type=int, help="tokens of an inner step; default: context/8, at most 1024")

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,12 +17,16 @@ from probe_world import CONTEXT, write_checkpoint
 
 import cli
 from ttt_lit.checkpoint.store import load_checkpoint
+from ttt_lit.convert.windowed import windowed
 from ttt_lit.data.stream import TokenDataModule
 from ttt_lit.identity import hash_file
 from ttt_lit.model.spec import LayerSpec
+from ttt_lit.probe import measure
 from ttt_lit.probe.blocks import held_out_blocks
 from ttt_lit.probe.config import ProbeConfig, layer_policy, make_plan
 from ttt_lit.train.arguments import errors_of
+from ttt_lit.train.ceiling import read_ceiling
+from ttt_lit.train.evaluation import ValidationConfig
 from ttt_lit.ttt.naive import sequence_nll_naive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,10 +74,26 @@ def only(rows, **wanted):
     return row
 
 
+def middles(folder):
+    """By document, the tokens of its middle block, from the files alone."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    side = manifest["validation"]
+    shards = [np.fromfile(folder / each["file"], dtype=np.int32)[-each["tokens"] :] for each in side["shards"]]
+    tokens, starts = np.concatenate(shards), np.load(folder / side["document_starts"]["file"])
+    bos = [] if manifest["bos_id"] is None else [manifest["bos_id"]]
+    length, found = CONTEXT + 1 - len(bos), {}
+    for document, (start, stop) in enumerate(zip(starts, [*starts[1:], len(tokens)], strict=True)):
+        whole = (stop - start) // length
+        middle = start + whole // 2 * length
+        found[document] = [*bos, *tokens[middle : middle + length].tolist()]
+    return found
+
+
 def test_blocks_are_the_middles_of_documents_evenly_spread(world):
     data = TokenDataModule(long=str(world / "long"))
     every = held_out_blocks(data, CONTEXT, 1000)
-    assert len({block.document for block in every}) == len(every) == data.manifest("long").validation.documents
+    assert {block.document: block.tokens[0].tolist() for block in every} == middles(world / "long")
+    assert len(every) == data.manifest("long").validation.documents > 3
     some = held_out_blocks(data, CONTEXT // 2, 3)
     assert [block.document for block in some] == [every[i * len(every) // 3].document for i in range(3)]
     for block in some:
@@ -188,8 +210,8 @@ def test_fit_accepts_the_overlay_and_means_the_same(probed):
     assert errors_of([[*arm, "--config", str(output / "probe.yaml")]]) == [None]
     model, advice = yaml.safe_load((output / "probe.yaml").read_text())["model"], found["recommendation"]
     names = ("window", "sink_tokens", "full_attention_layers")
-    assert model["size"] == {name: advice[name] for name in names}
-    assert model["inner"] == {"lr": advice["inner_lr"]}
+    assert model["size"] == {name: advice[name] for name in names if advice[name] is not None}
+    assert model.get("inner") == (None if advice["inner_lr"] is None else {"lr": advice["inner_lr"]})
     assert model["validation"] == {"probe": (output / "probe.json").as_posix()}
 
 
@@ -198,7 +220,8 @@ def test_the_page_says_three_things_and_shows_the_picture(probed):
     page = (output / "probe.md").read_text()
     assert re.search(r"A window of 8 tokens without sinks costs [+−]\d\.\d{4} \[.*\] nats per token", page)
     assert "A memory beyond" in page
-    assert "fewer than 20 documents" in page
+    assert "Fewer than 20 documents" in page
+    assert "Unfinished" not in page
     assert (output / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -209,9 +232,12 @@ def test_what_was_cut_off_goes_on_and_ends_with_the_same_numbers(world, probed, 
         assert "the same command continues" in capsys.readouterr().out
     kept = json.loads((output / "probe.json").read_text())
     assert len(kept["rows"]) == 2
+    assert not kept["finished"]
+    assert kept["missing"][:2] == ["sinks (7 of 9)", "ceilings (15 of 16)"]
     again = run(world, output)
     whole = probed[1]
     assert all(row in again["rows"] for row in kept["rows"])
+    assert again["finished"]
     assert [again[item] for item in ("damage", "ceiling", "inner", "layers")] == [
         whole[item] for item in ("damage", "ceiling", "inner", "layers")
     ]
@@ -219,6 +245,118 @@ def test_what_was_cut_off_goes_on_and_ends_with_the_same_numbers(world, probed, 
     assert sum("min left" in line for line in lines) > 10
     run(world, output)
     assert "min left" not in capsys.readouterr().out
+
+
+def decided(found):
+    """All that advice rests on. Rates as imported are left out: earlier documents still belong to their mean."""
+    return {
+        "inner": [row for row in found["inner"] if row["window"] is not None],
+        **{name: found[name] for name in ("window", "sinks", "layers", "recommendation")},
+    }
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--windows", "4", "6", "12"),
+        ("--sinks", "0", "2", "3"),
+        ("--windows", "5", "--max-documents", "6", "--sinks", "3"),
+    ],
+)  # fmt: skip
+def test_a_probe_continued_with_other_settings_decides_as_one_begun_with_them(world, probed, tmp_path, more):
+    kept = tmp_path / "kept"
+    shutil.copytree(probed[0], kept)
+    again, fresh = run(world, kept, *more), run(world, tmp_path / "fresh", *more)
+    assert decided(again) == decided(fresh)
+    assert len(again["rows"]) > len(fresh["rows"])
+    assert again["finished"]
+
+
+def test_more_documents_that_change_the_best_sinks_leave_no_mixture(world, probed, tmp_path):
+    """As when the best number flips: layers and rates that were measured with another number are not read."""
+    kept = tmp_path / "kept"
+    shutil.copytree(probed[0], kept)
+    whole = json.loads((kept / "probe.json").read_text())
+    was = whole["recommendation"]["sink_tokens"]
+    for row in whole["rows"]:  # the other number is now a nat better
+        if row["key"] == ["damage", 8, 2 - was]:
+            row["loss"] -= 1
+    (kept / "probe.json").write_text(json.dumps(whole))
+    again = run(world, kept)
+    assert again["recommendation"]["sink_tokens"] == again["layers"]["sink_tokens"] == 2 - was
+    assert {row["sink_tokens"] for row in again["inner"] if row["window"] is not None} == {2 - was}
+    assert run(world, kept)["recommendation"] == again["recommendation"]
+
+
+@pytest.mark.parametrize("more", [(), ("--windows", "4", "6", "12")])
+def test_ctrl_c_at_the_first_task_ends_in_one_line(world, probed, tmp_path, monkeypatch, more):
+    """Of a new probe, and of one that is continued with a window at which nothing is measured."""
+    kept = tmp_path / "kept"
+    if more:
+        shutil.copytree(probed[0], kept)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "token_losses", stop)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main(["probe", *arguments(world, kept, *SMALL, *more)]) == 130
+    assert "stopped, what was measured is kept" in shown.getvalue().splitlines()[-1]
+    found = json.loads((kept / "probe.json").read_text())
+    assert not found["finished"]
+    assert found["recommendation"] is None
+
+
+def test_a_run_takes_the_overlay_s_ceiling_and_a_shorter_probe_has_none(world, probed, tmp_path):
+    """By the check that a run makes, not by parsing alone."""
+    data = TokenDataModule(long=str(world / "long"))
+    data.setup()
+    spec = windowed(tiny_spec(*(LayerSpec(),) * 4), 8)
+    given = yaml.safe_load((probed[0] / "probe.yaml").read_text())["model"]["validation"]["probe"]
+    ceilings = read_ceiling(ValidationConfig(probe=given), data, spec)
+    assert [(each["window"], each["nats"]) for each in ceilings] == [
+        (each["window"], each["nats"]) for each in probed[1]["ceiling"]
+    ]
+    run(world, tmp_path / "short", "--context", "16", "--windows", "8", "--layer-documents", "0")
+    text = (tmp_path / "short" / "probe.yaml").read_text()
+    assert "validation" not in yaml.safe_load(text)["model"]
+    assert (
+        "# validation.probe is left out: 16 tokens of each document were read, and a run on this folder reads 32;"
+        in text
+    )
+    with pytest.raises(ValueError, match="context: got 16, expected 32"):
+        read_ceiling(ValidationConfig(probe=str(tmp_path / "short" / "probe.json")), data, spec)
+
+
+def test_a_chunk_that_nothing_was_measured_with_blocks_no_continuation(world, tmp_path):
+    few = ("--max-documents", "1", "--sweep-documents", "1", "--layer-documents", "0", "--windows", "8")
+    none = (*few, "--inner-rates")
+    assert run(world, tmp_path / "o", *none)["settings"]["chunk"] is None
+    settings = run(world, tmp_path / "o", *few, "--chunk", "8", "--ttt-layers", "1", "3")["settings"]
+    assert (settings["chunk"], settings["ttt_layers"]) == (8, [1, 3])
+    again = run(world, tmp_path / "o", *none)
+    assert again["settings"] == settings
+    assert len(again["inner"]) == 4
+
+
+def commands(text):
+    """The probe commands in it, without comment marks and line ends."""
+    plain = re.sub(r"\\\s*\n#?", " ", text)
+    return [" ".join(each.split()) for each in re.findall(r"python cli\.py probe --checkpoint .*", plain)]
+
+
+def test_every_page_names_one_probe_for_the_study_and_it_measures_the_study_s_windows():
+    matrix = ROOT / "configs/matrix"
+    (command,) = {one for page in (ROOT / "README.md", matrix / "qwen.yaml") for one in commands(page.read_text())}
+    assert commands((ROOT / "docs/probe.md").read_text()) == [command]
+    words = command.split()
+    windows = {int(word) for word in words[words.index("--windows") + 1 : words.index("--windows") + 3]}
+    two = yaml.safe_load((matrix / "qwen_window_2k.yaml").read_text())["runs"][0]["set"]
+    base = yaml.safe_load((ROOT / "configs/base.yaml").read_text())["model"]["size"]
+    assert windows == {two["model.size.window"], base["window"]}
+    assert two["model.validation.probe"] == words[words.index("--output") + 1] + "/probe.json"
+    assert "--context" not in words
 
 
 class Stopping(io.StringIO):
@@ -235,7 +373,8 @@ def test_ctrl_c_ends_in_one_line_and_keeps_what_was_measured(world, tmp_path, ca
     output, shown = tmp_path / "stopped", Stopping()
     with contextlib.redirect_stdout(shown):
         assert cli.main(["probe", *arguments(world, output, *SMALL)]) == 130
-    *_, measured, last = shown.getvalue().splitlines()
+    *_, measured, unfinished, last = shown.getvalue().splitlines()
+    assert unfinished.startswith(f"{output}: Unfinished: sinks (6 of 9), ceilings (15 of 16), ")
     assert "min left; document 1 of 4, window 8, sinks 2" in measured
     assert last == f"{output}: stopped, what was measured is kept; the same command continues"
     assert capsys.readouterr().err == ""
@@ -272,6 +411,10 @@ def test_a_converted_checkpoint_and_foreign_contexts_are_refused(world, tmp_path
         ({"chunk": 64}, "--chunk"),
         ({"windows": [40], "stride": 24}, "--stride: got 24"),
         ({"max_documents": 0, "keep_layers": -1}, "--max-documents: got 0, expected at least 1; --keep-layers: got -1"),
+        ({"sweep_documents": 3, "layer_documents": 4}, "--layer-documents: got 4, expected 0 to 3"),
+        ({"max_documents": 3, "sweep_documents": 4}, "--sweep-documents: got 4, expected 1 to 3"),
+        ({"inner_rates": [], "chunk": 8}, "--chunk: got 8 without an inner rate"),
+        ({"inner_rates": [], "ttt_layers": ["global"]}, "--ttt-layers: got global without an inner rate"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_measured(changes, message):

@@ -47,7 +47,7 @@ def encode_exactly(documents: Iterable[Document], tokenizer: TextTokenizer, num_
         if tokenizer.forbidden[ids].any():
             token = int(ids[tokenizer.forbidden[ids]][0])
             raise ValueError(
-                f"document {document.id}: its text became the special token {token}; tokenizer {tokenizer.name}"
+                f"{_named(document)}: its text became the special token {token}; tokenizer {tokenizer.name}"
                 f" ({_steps(tokenizer)}) cannot be used"
             )
         if checked < SAMPLE_CHARACTERS:
@@ -68,10 +68,14 @@ def check_spelling(tokenizer: TextTokenizer, document: Document, ids: np.ndarray
     )
     was, became = (text[max(0, at - SHOWN) : at + SHOWN] for text in (expected, spelt))
     raise ValueError(
-        f"tokenizer {tokenizer.name}: loses text: its tokens spell {became!r} where document {document.id} has {was!r}"
+        f"tokenizer {tokenizer.name}: loses text: its tokens spell {became!r} where {_named(document)} has {was!r}"
         f" ({_steps(tokenizer)}); expected the text itself, up to its canonical Unicode form and one space in front; name"
         " a tokenizer that keeps it"
     )
+
+
+def _named(document: Document) -> str:
+    return "our test text" if document is PROBE else f"document {document.id}"
 
 
 def _canonical(text: str, tokenizer: TextTokenizer) -> str:

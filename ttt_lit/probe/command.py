@@ -25,7 +25,7 @@ from ttt_lit.probe.config import (
     make_plan,
 )
 from ttt_lit.probe.figure import picture
-from ttt_lit.probe.report import markdown, overlay
+from ttt_lit.probe.report import markdown, overlay, unfinished
 from ttt_lit.probe.rows import Key, Rows
 from ttt_lit.probe.summary import summarise
 from ttt_lit.probe.tasks import Task, Tasks, Values
@@ -47,30 +47,32 @@ def probe(config: ProbeConfig, command: str) -> int:
     start = _start(config)
     data.check_model(start.spec.vocab_size, start.origin.tokenizer_hash)
     results = Results(config, plan, precision, start, data)
+    held_out = data.manifest("long").validation.documents
     tasks = _tasks(config, plan, device, start, data, results.rows)
     windows = ", ".join(f"{window:,}" for window in plan.windows)
-    counts = f"{len(tasks.blocks)} held-out documents, {plan.context:,} tokens of each"
+    counts = f"{len(tasks.blocks)} of {held_out} held-out documents, {plan.context:,} tokens of each"
     print(f"{config.folder}: {counts}, windows {windows}, {precision} on {device}", flush=True)
     try:
         ended = _measure(tasks, results, config)
-        results.write(command)
+        readable = results.write(tasks, command)
     except KeyboardInterrupt:
-        results.write(command)
+        results.write(tasks, command)
         print(f"{config.folder}: stopped, what was measured is kept; the same command continues")
         return 130
-    print(f"{config.folder}: {ended}; probe.md says what it means, probe.yaml is for fit --config")
+    files = "; probe.md says what it means, probe.yaml is for fit --config" if readable else ""
+    print(f"{config.folder}: {ended}{files}")
     return 0
 
 
 def _measure(tasks: Tasks, results: Results, config: ProbeConfig) -> str:
     """Every task that has no rows yet. Returns how it ended, in words."""
-    ahead = (task for phase in tasks.phases for task in phase() if not results.has(task))
+    ahead = (task for _, phase in tasks.phases for task in phase() if not tasks.has(task))
     left = sum({(task.keys, task.block.id): task.work for task in ahead}.values())
     began, done = time.monotonic(), 0.0
     half = results.header["settings"]["precision"] == "bf16-mixed"
-    for phase in tasks.phases:
+    for _, phase in tasks.phases:
         for task in phase():
-            if results.has(task):
+            if tasks.has(task):
                 continue
             spent = time.monotonic() - began
             if config.max_minutes is not None and done and spent * (1 + task.work / done) > 60 * config.max_minutes:
@@ -79,6 +81,7 @@ def _measure(tasks: Tasks, results: Results, config: ProbeConfig) -> str:
                 found = list(task.run())
             done += task.work
             results.add(task, found, time.monotonic() - began - spent)
+            results.save(tasks)
             minutes = (time.monotonic() - began) / done * max(0.0, left - done) / 60
             number = tasks.blocks.index(task.block) + 1
             print(
@@ -122,10 +125,12 @@ class Results:
                 "precision": precision,
                 "chunk": plan.chunk,
                 "clip": CLIP,
-                "ttt_layers": list(start.spec.ttt_layers),
+                "ttt_layers": list(start.spec.ttt_layers) if plan.rates else None,
                 "imported_windows": [layer.window for layer in start.spec.layers],
             },
         }
+        long = data.manifest("long")
+        self.folder_of_data = {"folder_context": long.context, "held_out_documents": long.validation.documents}
         path = self.folder / NAME
         if path.is_file():
             self._continue(json.loads(path.read_text(encoding="utf-8")))
@@ -135,6 +140,11 @@ class Results:
             raise ValueError(
                 f"{self.folder / NAME}: got another version of the file, expected {SCHEMA_VERSION}; give another --output"
             )
+        # Without an inner rate nothing depends on these; what the folder has was measured with its own.
+        settings = self.header["settings"]
+        for name in ("chunk", "ttt_layers"):
+            if settings[name] is None or kept["settings"].get(name) is None:
+                settings[name] = kept["settings"][name] = settings[name] or kept["settings"].get(name)
         # Names are how files are reached, digests what they are.
         differing = [
             f"{part}.{key}"
@@ -148,33 +158,36 @@ class Results:
             )
         self.rows, self.seconds = Rows.from_json(kept["rows"]), float(kept["seconds"])
 
-    def has(self, task: Task) -> bool:
-        return all(self.rows.has(key, task.block.id) for key in task.keys)
-
     def add(self, task: Task, found: Sequence[tuple[Key, Values]], seconds: float) -> None:
-        """Keep what a task found, on disk too."""
+        """Keep what a task found."""
         for key, values in found:
             self.rows.add(key, task.block.id, task.block.document, values)
         self.seconds += seconds
-        self._save()
 
-    def _save(self) -> dict[str, Any]:
+    def save(self, tasks: Tasks) -> dict[str, Any]:
+        """Write ``probe.json``, and return it."""
         summary = summarise(self.rows, self.plan)
         imported = summary["imported"] or {"blocks": 0, "documents": 0}
-        counts = {name: imported[name] for name in ("blocks", "documents")}
+        counts = {name: imported[name] for name in ("blocks", "documents")} | {"planned_documents": len(tasks.blocks)}
+        missing = tasks.missing()
         machine = {"seconds": self.seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        whole = self.header | {"data": self.header["data"] | counts} | summary | machine | {"rows": self.rows.to_json()}
+        whole = self.header | {"data": self.header["data"] | self.folder_of_data | counts}
+        whole |= {"finished": not missing, "missing": missing} | summary | machine | {"rows": self.rows.to_json()}
         replace_file(self.folder / NAME, (json.dumps(whole, indent=1) + "\n").encode("utf-8"))
         return whole
 
-    def write(self, command: str) -> None:
-        """The readable files, as far as there is something to say."""
-        whole = self._save()
-        if whole["recommendation"] is None:
-            return
-        replace_file(self.folder / "probe.md", markdown(whole, command).encode("utf-8"))
-        replace_file(self.folder / "probe.yaml", overlay(whole, self.folder / NAME).encode("utf-8"))
-        replace_file(self.folder / "probe.png", png_bytes(picture(whole)))
+    def write(self, tasks: Tasks, command: str) -> bool:
+        """Write the readable files, and a line to the terminal where something is missing. Returns whether there was enough
+        for files."""
+        whole = self.save(tasks)
+        readable = whole["recommendation"] is not None
+        if readable:
+            replace_file(self.folder / "probe.md", markdown(whole, command).encode("utf-8"))
+            replace_file(self.folder / "probe.yaml", overlay(whole, self.folder / NAME).encode("utf-8"))
+            replace_file(self.folder / "probe.png", png_bytes(picture(whole)))
+        for line in unfinished(whole):
+            print(f"{self.folder}: {line}")
+        return readable
 
 
 def _start(config: ProbeConfig) -> Start:

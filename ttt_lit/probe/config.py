@@ -32,8 +32,8 @@ class ProbeConfig:
     sinks: Sequence[int] = (0, 1, 4, 16)
     stride: int | None = None
     max_documents: int = MIN_DOCUMENTS
-    sweep_documents: int = 4
-    layer_documents: int = 2
+    sweep_documents: int | None = None
+    layer_documents: int | None = None
     keep_layers: int = 2
     inner_rates: Sequence[float] = (1.0, 0.3, 0.1, 0.03)
     chunk: int | None = None
@@ -84,7 +84,10 @@ class Plan:
     sinks: tuple[int, ...]
     """Ascending."""
     rates: tuple[float, ...]
-    chunk: int
+    chunk: int | None
+    """None where no rate is tried."""
+    sweep_documents: int
+    layer_documents: int
 
 
 def curve_buckets(context: int) -> list[tuple[int, int]]:
@@ -99,6 +102,8 @@ def make_plan(config: ProbeConfig, context: int) -> Plan:
         sorted({max(1, context // part) for part in (8, 4, 2)} if config.windows is None else set(config.windows))
     )
     chunk = min(1024, max(1, context // 8)) if config.chunk is None else config.chunk
+    sweep = min(4, config.max_documents) if config.sweep_documents is None else config.sweep_documents
+    layer = min(2, sweep) if config.layer_documents is None else config.layer_documents
     problems = [
         *([] if windows and windows[0] >= 1 else [f"--windows: got {list(windows)}, expected at least 1 token each"]),
         *(
@@ -112,11 +117,18 @@ def make_plan(config: ProbeConfig, context: int) -> Plan:
             else [f"--inner-rates: got {list(config.inner_rates)}, expected at least 0"]
         ),
     ]
-    least = {"max_documents": 1, "sweep_documents": 1, "layer_documents": 0, "keep_layers": 0}
+    least = {"max-documents": (config.max_documents, 1), "keep-layers": (config.keep_layers, 0)}
+    problems += [f"--{name}: got {got}, expected at least {low}" for name, (got, low) in least.items() if got < low]
+    among = [("sweep", sweep, 1, "max", config.max_documents), ("layer", layer, 0, "sweep", sweep)]
     problems += [
-        f"--{name.replace('_', '-')}: got {getattr(config, name)}, expected at least {low}"
-        for name, low in least.items()
-        if getattr(config, name) < low
+        f"--{name}-documents: got {got}, expected {low} to {high}, the documents of --{of}-documents, of which these are some"
+        for name, got, low, of, high in among
+        if not low <= got <= max(low, high)
+    ]
+    problems += [
+        f"--{name}: got {' '.join(map(str, value))} without an inner rate, which it is for; leave it out, or give --inner-rates"
+        for name, value in (("chunk", [config.chunk]), ("ttt-layers", config.ttt_layers))
+        if value not in (None, [None]) and not config.inner_rates
     ]
     if config.inner_rates and (chunk < 1 or context % chunk or context == chunk):
         problems.append(f"--chunk: got {chunk}, expected a proper divisor of the context of {context} tokens")
@@ -137,7 +149,9 @@ def make_plan(config: ProbeConfig, context: int) -> Plan:
         strides={w: config.stride or max(1, min(w, (context - w) // 2)) for w in cutting},
         sinks=tuple(sorted(set(config.sinks))),
         rates=tuple(dict.fromkeys(config.inner_rates)),
-        chunk=chunk,
+        chunk=chunk if config.inner_rates else None,
+        sweep_documents=sweep,
+        layer_documents=layer,
     )
 
 

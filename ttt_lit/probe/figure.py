@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ttt_lit.experiment.drawing import BLUE, GREEN, VERMILION, new_figure, plain_axes
+from ttt_lit.experiment.drawing import BLUE, GREEN, PURPLE, VERMILION, new_figure, plain_axes
 from ttt_lit.experiment.formats import counted
 from ttt_lit.experiment.gates import MAX_DELTA
 from ttt_lit.experiment.own_part import MIN_CEILING
@@ -28,19 +28,25 @@ def picture(probe: Mapping[str, Any]) -> Figure:
 def _positions(axes: Axes, probe: Mapping[str, Any]) -> None:
     window, context = probe["window"], probe["data"]["context"]
     rows = [row for row in probe["damage"] if row["window"] == window]
-    fewest = min(rows, key=lambda row: row["sink_tokens"])
-    best = next(row for row in rows if row["sink_tokens"] == probe["recommendation"]["sink_tokens"])
+    fewest, best = (
+        next(row for row in rows if row["sink_tokens"] == probe["sinks"][which]) for which in ("fewest", "sink_tokens")
+    )
     centres = [(bucket["start"] + bucket["stop"]) / 2 for bucket in probe["imported"]["buckets"]]
     for row, colour in [(fewest, VERMILION), *([(best, BLUE)] if best is not fewest else [])]:
         damage = np.array(row["curve"]) - np.array(row["imported_curve"])
         label = f"window {window:,}, {counted(row['sink_tokens'], 'sink')}"
         axes.plot(centres, damage, color=colour, marker="o", markersize=3, linewidth=1.8, label=label)
     axes.axhline(0, color="0.25", linestyle="--", linewidth=1.4, label="as imported")
-    axes.axvline(window, color="0.5", linewidth=1, linestyle=":")
-    for row in probe["ceiling"]:
-        if row["window"] == window:
-            ends = [window + row["stride"], context]
-            axes.plot(ends, [row["beyond"]] * 2, color=GREEN, linewidth=2.5, label="worth of the lost context")
+    axes.axvline(window, color="0.5", linewidth=1.2, linestyle=":", label=f"end of the window: {window:,}")
+    worth = probe["sinks"]["worth"]
+    if worth is not None:
+        axes.plot(
+            [window, context],
+            [worth] * 2,
+            color=GREEN,
+            linewidth=2.5,
+            label=f"the lost context is worth at least {worth:.3f}",
+        )
     axes.set_xlim(0, context)
     axes.set_xticks([context * part // 8 for part in range(9)])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -63,7 +69,7 @@ def _ceilings(axes: Axes, probe: Mapping[str, Any]) -> None:
         linestyle="--",
         marker="o",
         markerfacecolor="white",
-        label="per token beyond the window",
+        label="per token beyond window + stride",
     )
     axes.errorbar(
         windows,
@@ -73,10 +79,10 @@ def _ceilings(axes: Axes, probe: Mapping[str, Any]) -> None:
         marker="o",
         capsize=4,
         linewidth=2,
-        label="per token of the block, 95 % interval",
+        label="per token of the whole block, 95 % interval",
     )
-    axes.axhline(MIN_CEILING, color=VERMILION, linewidth=1.4, label=f"twice the gate ({MIN_CEILING:g})")
-    axes.axhline(MAX_DELTA, color=VERMILION, linewidth=1, linestyle=":", label=f"the gate ({MAX_DELTA:g})")
+    axes.axhline(MIN_CEILING, color=PURPLE, linewidth=1.4, label=f"twice the gate ({MIN_CEILING:g})")
+    axes.axhline(MAX_DELTA, color=PURPLE, linewidth=1.4, linestyle=":", label=f"the gate ({MAX_DELTA:g})")
     axes.set_xscale("log", base=2)
     axes.set_xticks(windows)
     axes.xaxis.set_minor_locator(NullLocator())

@@ -13,6 +13,7 @@ from ttt_lit.experiment.statistics import MIN_DOCUMENTS
 from ttt_lit.probe.summary import WORTH_KEEPING
 
 Probe = Mapping[str, Any]
+BLOCK = "per token of the whole block"
 
 
 def sentences(probe: Probe) -> tuple[str, str, str]:
@@ -25,6 +26,7 @@ def markdown(probe: Probe, command: str) -> str:
     checkpoint, data, settings = probe["checkpoint"], probe["data"], probe["settings"]
     parts = [
         f"# What a conversion does to {checkpoint['name']}",
+        *unfinished(probe),
         *sentences(probe),
         "![Left: damage by position. Right: the ceiling.](probe.png)",
         f"`{command}`",
@@ -33,14 +35,14 @@ def markdown(probe: Probe, command: str) -> str:
         f"{counted(probe['threads'], 'thread')}. Nats per token throughout; brackets are 95 % intervals over documents"
         + (f", too narrow below {MIN_DOCUMENTS} of them." if data["documents"] < MIN_DOCUMENTS else "."),
         "## Damage of the window",
-        "Loss minus the imported model's on the same tokens. Inside the window nothing changes; `block` is the mean over all positions."
+        "Loss minus the imported model's on the same tokens. Inside the window nothing changes."
         + _policy(settings["imported_windows"]),
-        _table(("window", "sinks", "beyond the window", "block", "documents"), _damage_rows(probe)),
+        _table(("window", "sinks", "per token beyond the window", BLOCK, "documents"), _damage_rows(probe)),
         "## The ceiling: what lost context is worth",
         "Loss of the imported model in fresh contexts of window to window + stride tokens, minus its loss with the whole past. Positions "
-        "see more than the window, and positions that are not compared count as 0 in `block`: a lower estimate, and the closer, the "
-        "smaller the stride. The study's gates compare `block`.",
-        _table(("window", "stride", "beyond window + stride", "block", "documents"), _ceiling_rows(probe)),
+        "see more than the window, and positions that are not compared count as 0 in the mean over the whole block, which is what the "
+        "study's gates compare: a lower estimate, and the closer, the smaller the stride.",
+        _table(("window", "stride", "per token beyond window + stride", BLOCK, "documents"), _ceiling_rows(probe)),
         *_inner_part(probe),
         *_layers_part(probe),
     ]
@@ -54,99 +56,142 @@ def overlay(probe: Probe, path: Path) -> str:
     lines = [
         f"# Made by python cli.py probe from {probe['checkpoint']['name']} and {data['name']}",
         f"# ({counted(data['documents'], 'held-out document')}, {data['context']:,} tokens of each); {path.name} has the measurements.",
+        *(f"# {line}" for line in unfinished(probe)),
         "model:",
         "  size:",
         f"    # {worth}",
-        f"    window: {found['window']}",
+        *_window_lines(probe),
+        f"    # Sinks, layers and the inner rate were tried at a window of {probe['window']:,} tokens.",
         f"    # {cost}",
         f"    # {repair}",
         f"    sink_tokens: {found['sink_tokens']}",
         f"    # {_kept_reason(probe)}",
-        f"    full_attention_layers: {found['full_attention_layers']}",
     ]
+    if found["full_attention_layers"] is not None:
+        lines.append(f"    full_attention_layers: {found['full_attention_layers']}")
     if found["inner_lr"] is not None:
         lines += ["  inner:", f"    # {_rate_reason(probe)}", f"    lr: {found['inner_lr']!r}"]
-    lines += [
-        "  validation:",
-        f"    # The run carries the ceiling. It holds for this long data at size.long {data['context']} alone.",
-        f"    probe: {path.as_posix()}",
-    ]
+    else:
+        lines.append(f"  # {_rate_reason(probe)}")
+    if data["context"] == data["folder_context"]:
+        lines += ["  validation:", "    # The run carries the ceiling.", f"    probe: {path.as_posix()}"]
+    else:
+        lines.append(
+            f"  # validation.probe is left out: {data['context']:,} tokens of each document were read, and a run on this folder reads "
+            f"{data['folder_context']:,}; its ceiling needs a probe without --context."
+        )
     return "\n".join(lines) + "\n"
+
+
+def _window_lines(probe: Probe) -> list[str]:
+    """The recommended window with what it costs, or why there is none."""
+    found = probe["recommendation"]
+    if found["window"] is None:
+        why = "the damage there was not measured" if found["gate_can_tell"] else "the ceiling does not decide on one"
+        return [f"    # No window is set here: {why}."]
+    left = found["at_window"]
+    of = f"({counted(left['documents'], 'document')}{_at_least_worth(left)})"
+    return [
+        f"    # With {counted(left['sink_tokens'], 'sink token')} it costs {_with_ends(left, 'after')} nats per token beyond it {of}.",
+        f"    window: {found['window']}",
+    ]
 
 
 # Sentences ------------------------------------------------------------------------------------------------------------------------
 
 
 def _cost(probe: Probe) -> str:
-    row = _damage_at(probe, min)
-    if row["beyond"] is None:
-        return f"A window of {row['window']:,} tokens costs nothing: it spans the context."
-    words = "without sinks" if row["sink_tokens"] == 0 else f"with {counted(row['sink_tokens'], 'sink token')}"
+    row = probe["sinks"]
+    words = "without sinks" if row["fewest"] == 0 else f"with {counted(row['fewest'], 'sink token')}"
     return (
-        f"A window of {row['window']:,} tokens {words} costs {_with_ends(row, 'beyond')} nats per token beyond the window "
+        f"A window of {row['window']:,} tokens {words} costs {_with_ends(row, 'before')} nats per token beyond the window "
         f"({counted(row['documents'], 'document')})."
     )
 
 
 def _repair(probe: Probe) -> str:
-    sinks, none = probe["recommendation"]["sink_tokens"], _damage_at(probe, min)
-    best = next(row for row in _at_window(probe) if row["sink_tokens"] == sinks)
-    ceiling = next((row for row in probe["ceiling"] if row["window"] == best["window"]), None)
-    worth = "" if ceiling is None else f"; the lost context itself is worth {ceiling['beyond']:.3f}"
-    if best is none or none["beyond"] is None:
+    row, worth = probe["sinks"], _at_least_worth(probe["sinks"])
+    if len(row["tried"]) == 1:
+        return f"Other numbers of sink tokens were not tried{worth}."
+    if row["sink_tokens"] == row["fewest"]:
         return f"More sink tokens repair nothing that would be worth a gate's width of {MAX_DELTA:g}{worth}."
-    left = f"{change(best['beyond'])} nats per token beyond the window remain{worth}"
-    if none["beyond"] <= 0:
-        return f"With {counted(sinks, 'sink token')} {left}."
-    share = 1 - best["beyond"] / none["beyond"]
-    return f"{counted(sinks, 'sink token').capitalize()} repair{'s' if sinks == 1 else ''} {share:.0%} of it: {left}."
+    sinks, left = counted(row["sink_tokens"], "sink token"), f"{change(row['after'])} nats per token beyond the window"
+    if row["before"] <= 0:
+        return f"With {sinks} it is {left}{worth}."
+    instead = "" if row["fewest"] == 0 else f" instead of {row['fewest']}"
+    verb = "repairs" if row["sink_tokens"] == 1 else "repair"
+    return f"{sinks}{instead} {verb} {1 - row['after'] / row['before']:.0%} of it: {left} remain{worth}."
+
+
+def _at_least_worth(row: Mapping[str, Any]) -> str:
+    return "" if row["worth"] is None else f"; the lost context itself is worth at least {change(row['worth'])}"
 
 
 def _worth(probe: Probe) -> str:
-    window = probe["recommendation"]["window"]
-    row = next(row for row in probe["ceiling"] if row["window"] == window)
+    found, context = probe["recommendation"], probe["data"]["context"]
+    row = next(row for row in probe["ceiling"] if row["window"] == found["ceiling_window"])
     start = (
-        f"A memory beyond {window:,} tokens could win {_with_ends(row, 'nats')} nats per token of a block of "
-        f"{probe['data']['context']:,}, by a lower estimate"
+        f"A memory beyond {row['window']:,} tokens could win at least {_with_ends(row, 'nats')} nats per token of a block of {context:,}; "
+        "the true ceiling is higher."
     )
-    if probe["recommendation"]["gate_can_tell"]:
-        return f"{start}: more than twice the gate of {MAX_DELTA:g}, which can tell a memory from nothing here."
+    if found["gate_can_tell"]:
+        return f"{start} That is at least twice the gate of {MAX_DELTA:g}, which can tell a memory from nothing here."
     if row["documents"] < MIN_DOCUMENTS:
         return (
-            f"{start}: fewer than {MIN_DOCUMENTS} documents do not say whether the gate of {MAX_DELTA:g} can tell that from nothing; raise "
-            "--max-documents."
+            f"{start} Fewer than {MIN_DOCUMENTS} documents do not say whether the gate of {MAX_DELTA:g} can tell that from nothing; "
+            f"{_more_documents(probe)}."
         )
     return (
-        f"{start}: the interval does not exclude {MIN_CEILING:g}, twice the gate, so a model without memory could pass; use another "
-        "window or data."
+        f"{start} The interval does not exclude less than {MIN_CEILING:g}, twice the gate, so a model without memory could pass; use "
+        "another window or data."
     )
+
+
+def _more_documents(probe: Probe) -> str:
+    """What to do about too few, by what keeps them few."""
+    data = probe["data"]
+    if data["held_out_documents"] < MIN_DOCUMENTS:
+        return f"the folder holds out {data['held_out_documents']}, so prepare more data"
+    if data["planned_documents"] < MIN_DOCUMENTS:
+        return f"give --max-documents {MIN_DOCUMENTS} or more"
+    return "the same command continues"
+
+
+def unfinished(probe: Probe) -> list[str]:
+    """One line about what is missing, if anything is."""
+    if probe["finished"]:
+        return []
+    return [f"Unfinished: {', '.join(probe['missing'])} not measured; the same command continues."]
 
 
 def _kept_reason(probe: Probe) -> str:
     layers, kept = probe["layers"], probe["recommendation"]["full_attention_layers"]
     if layers is None:
         return "Which layers are worth keeping was not measured."
-    best = layers["greedy"][-1]
-    names = counted(len(best["kept"]), "layer") + f" ({', '.join(map(str, best['kept']))})"
-    said = f"keeping {names} at full attention repairs {best['repaired']:.3f} nats per token beyond the window"
+    step = layers["greedy"][len(kept) - 1 if kept else -1]
+    noun = "layer" if len(step["kept"]) == 1 else "layers"
+    said = (
+        f"keeping {noun} {', '.join(map(str, step['kept']))} at full attention repairs {change(step['repaired'])} nats per token beyond "
+        "the window"
+    )
+    if kept is None:
+        return f"What the lost context is worth was not measured on these documents; {said}."
     if kept:
         return f"Sinks leave more than {WORTH_KEEPING:g} above what the lost context is worth; {said}."
     return f"Not needed, though {said}: sinks leave at most {WORTH_KEEPING:g} above what the lost context is worth."
 
 
 def _rate_reason(probe: Probe) -> str:
-    rate = probe["recommendation"]["inner_lr"]
-    row = next(row for row in probe["inner"] if row["window"] is not None and row["rate"] == rate)
-    words = "best of those tried" if row["nats"] < 0 else "least harm of those tried, and none helps"
-    return f"Untrained, on − off is {_with_ends(row, 'nats')} within the window: {words}."
-
-
-def _at_window(probe: Probe) -> list[Any]:
-    return [row for row in probe["damage"] if row["window"] == probe["window"]]
-
-
-def _damage_at(probe: Probe, which: Any) -> Any:
-    return which(_at_window(probe), key=lambda row: row["sink_tokens"])
+    rate, settings = probe["recommendation"]["inner_lr"], probe["settings"]
+    rows = [row for row in probe["inner"] if row["window"] is not None]
+    if not rows:
+        return "The inner loop was not tried in the window, so no inner.lr is set here."
+    how = f"Untrained, at chunk {settings['chunk']:,} and clip {settings['clip']:g} within a window of {probe['window']:,} tokens"
+    if rate is None:
+        tried = ", ".join(f"{row['rate']:g}" for row in rows)
+        return f"{how}, no inner rate of {tried} helps, so no inner.lr is set here."
+    row = next(row for row in rows if row["rate"] == rate)
+    return f"{how}, on − off is {_with_ends(row, 'nats')}, the best of the rates tried. Another chunk or clip needs its own."
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------------------

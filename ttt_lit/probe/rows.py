@@ -16,6 +16,11 @@ sinks, layers kept at their imported attention.
 IMPORTED: Key = ("imported",)
 
 
+def common_blocks(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The blocks that all of them have, sorted: only on those are means comparable."""
+    return sorted(set.intersection(*found)) if (found := [set(table) for table in tables]) else []
+
+
 class Rows:
     """Measured values by key and block."""
 

@@ -13,7 +13,7 @@ from ttt_lit.experiment.gates import MAX_DELTA
 from ttt_lit.experiment.own_part import MIN_CEILING, excludes_none
 from ttt_lit.experiment.record import Ceiling
 from ttt_lit.probe.config import Plan, curve_buckets
-from ttt_lit.probe.rows import IMPORTED, Key, Rows
+from ttt_lit.probe.rows import IMPORTED, Key, Rows, common_blocks
 
 WORTH_KEEPING = 0.1
 """Nats per token beyond the window that sinks leave on top of what the lost context is worth, above which layers are recommended to be
@@ -22,26 +22,29 @@ kept at full attention: ten times the gate. A kept layer has its own way to the 
 
 def summarise(rows: Rows, plan: Plan) -> dict[str, Any]:
     """The items of ``probe.json``, as far as they are measured; ``window`` is the one that was tried in depth."""
+    sinks = best_sinks(rows, plan)
+    inner = [key for key in rows.keys("inner") if key[1:3] in ((None, 0), (plan.window, sinks))]
     found: dict[str, Any] = {
         "window": plan.window,
         "imported": _imported(rows, plan),
-        "damage": [_damage(rows, plan, key) for key in rows.keys("damage")],
-        "ceiling": [_ceiling(rows, plan, key) for key in rows.keys("ceiling")],
-        "layers": _layers(rows, plan),
-        "inner": [_inner(rows, key) for key in rows.keys("inner")],
+        "damage": [_damage(rows, plan, key) for key in rows.keys("damage") if rows.difference(key, IMPORTED)],
+        "ceiling": [_ceiling(rows, plan, key) for key in _ceiling_keys(rows, plan)],
+        "sinks": _in_depth(rows, plan, plan.window, (_fewest(rows, plan), sinks)),
+        "layers": _layers(rows, plan, sinks),
+        "inner": [_inner(rows, key) for key in inner if rows.difference(key, _off(key))],
     }
-    return found | {"recommendation": _recommendation(rows, found, plan)}
+    return found | {"recommendation": _recommendation(rows, found, plan, sinks)}
 
 
 def best_sinks(rows: Rows, plan: Plan) -> int:
-    """The smallest number of sinks that is within a gate's width of the best at the plan's window; the smallest where none was measured."""
-    means = {
-        sinks: sum(values.values()) / len(values)
-        for sinks in plan.sinks
-        if (values := rows.difference(("damage", plan.window, sinks), IMPORTED))
-    }
-    if not means:
+    """The smallest of the plan's numbers of sinks that is within a gate's width of the best at its window, on the blocks that all of them
+    have read; the smallest where nothing was measured."""
+    losses = {sinks: rows.column(("damage", plan.window, sinks), "loss") for sinks in plan.sinks}
+    losses = {sinks: column for sinks, column in losses.items() if column}
+    blocks = common_blocks(losses.values())
+    if not blocks:
         return plan.sinks[0]
+    means = {sinks: _mean(column, blocks) for sinks, column in losses.items()}
     limit = min(means.values()) + MAX_DELTA * beyond_share(plan.window, plan.context)
     return next(sinks for sinks, mean in means.items() if mean <= limit)
 
@@ -50,11 +53,11 @@ def best_kept(rows: Rows, window: int, sinks: int, count: int) -> tuple[int, ...
     """The greedy list: at most ``count`` layers, each the best beside those before it, as far as they are measured."""
     kept: tuple[int, ...] = ()
     while len(kept) < count:
-        candidates = [key for key in rows.keys("layer") if key[1:-1] == (window, sinks, *kept)]
-        if not candidates:
+        losses = {key: rows.column(key, "loss") for key in rows.keys("layer") if key[1:-1] == (window, sinks, *kept)}
+        blocks = common_blocks(losses.values())
+        if not blocks:
             break
-        means = {key: _mean(rows.column(key, "loss")) for key in candidates}
-        chosen = min(candidates, key=lambda key: means[key])[-1]
+        chosen = min(losses, key=lambda key: _mean(losses[key], blocks))[-1]
         assert isinstance(chosen, int)
         kept = (*kept, chosen)
     return kept
@@ -65,8 +68,13 @@ def beyond_share(window: int, context: int) -> float:
     return max(0, context - window) / context
 
 
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
+def _mean(values: Mapping[str, float], blocks: Sequence[str]) -> float:
+    return sum(values[block] for block in blocks) / len(blocks)
+
+
+def _fewest(rows: Rows, plan: Plan) -> int:
+    """The smallest of the plan's numbers of sinks that was measured at its window."""
+    return next((sinks for sinks in plan.sinks if rows.column(("damage", plan.window, sinks), "loss")), plan.sinks[0])
 
 
 def _curve(rows: Rows, key: Key, blocks: Sequence[str]) -> list[float]:
@@ -107,31 +115,67 @@ def _damage(rows: Rows, plan: Plan, key: Key) -> dict[str, Any]:
     }
 
 
-def _ceiling(rows: Rows, plan: Plan, key: Key) -> dict[str, Any]:
+def _ceiling_keys(rows: Rows, plan: Plan) -> list[Key]:
+    """One for each window: of the plan's stride, or else of the smallest, which is the closest."""
+    chosen: dict[Any, Key] = {}
+    for key in rows.keys("ceiling"):
+        if key[1] not in chosen or key[2] == plan.strides.get(key[1]):  # type: ignore[arg-type]
+            chosen[key[1]] = key
+    return list(chosen.values())
+
+
+def _worth(rows: Rows, plan: Plan, key: Key) -> dict[str, float]:
+    """By block, per token of the whole block. Positions that are not compared count as 0: they would only add."""
     _, window, stride = key
     assert isinstance(window, int)
     assert isinstance(stride, int)
     dense, fresh = rows.column(key, "dense"), rows.column(key, "fresh")
-    beyond = {block: fresh[block] - dense[block] for block in fresh}
-    # Positions that are not compared count as 0: they would only add.
     share = beyond_share(window + stride, plan.context)
+    return {block: (fresh[block] - dense[block]) * share for block in fresh}
+
+
+def _ceiling(rows: Rows, plan: Plan, key: Key) -> dict[str, Any]:
+    _, window, stride = key
+    assert isinstance(window, int)
+    assert isinstance(stride, int)
+    worth, share = _worth(rows, plan, key), beyond_share(window + stride, plan.context)
     return {
         "window": window,
         "stride": stride,
-        **rows.interval({block: value * share for block, value in beyond.items()}),
-        **rows.interval(beyond, "beyond"),
-        **rows.counts(beyond),
+        **rows.interval(worth),
+        **rows.interval({block: value / share for block, value in worth.items()}, "beyond"),
+        **rows.counts(worth),
     }
 
 
-def _layers(rows: Rows, plan: Plan) -> dict[str, Any] | None:
-    keys = rows.keys("layer")
+def _in_depth(rows: Rows, plan: Plan, window: int, sinks: tuple[int, int]) -> dict[str, Any] | None:
+    """Damage with fewer and with more sinks, and what the lost context is worth at least: per token beyond the window, on common blocks."""
+    columns = [rows.difference(("damage", window, each), IMPORTED) for each in sinks]
+    blocks = common_blocks(columns)
+    if not blocks:
+        return None
+    share, worth = beyond_share(window, plan.context), _worth_at(rows, plan, window)
+    both = common_blocks([*columns, worth])
+    blocks = both or blocks
+    named = {"before": columns[0], "after": columns[1]} | ({"worth": worth} if both else {})
+    found: dict[str, Any] = {"window": window, "fewest": sinks[0], "sink_tokens": sinks[1], "worth": None}
+    for name, values in named.items():
+        found |= rows.interval({block: values[block] / share for block in blocks}, name)
+    tried = [each for each in plan.sinks if rows.column(("damage", window, each), "loss")]
+    return found | {"tried": tried, **rows.counts(blocks)}
+
+
+def _worth_at(rows: Rows, plan: Plan, window: int) -> dict[str, float]:
+    key = next((key for key in _ceiling_keys(rows, plan) if key[1] == window), None)
+    return {} if key is None else _worth(rows, plan, key)
+
+
+def _layers(rows: Rows, plan: Plan, sinks: int) -> dict[str, Any] | None:
+    window, share = plan.window, beyond_share(plan.window, plan.context)
+    none_kept: Key = ("damage", window, sinks)
+    keys = [key for key in rows.keys("layer") if key[1:3] == (window, sinks) and rows.difference(key, none_kept)]
     if not keys:
         return None
-    _, window, sinks, *_ = keys[0]
-    assert isinstance(window, int)
-    assert isinstance(sinks, int)
-    share, none_kept = beyond_share(window, plan.context), ("damage", window, sinks)
 
     def repaired(kept: Sequence[Any]) -> dict[str, float]:
         values = rows.difference(("layer", window, sinks, *kept), none_kept)
@@ -143,17 +187,33 @@ def _layers(rows: Rows, plan: Plan) -> dict[str, Any] | None:
         if len(key) == 4
     ]
     order = best_kept(rows, window, sinks, max(len(key) for key in keys) - 3)
-    greedy = [
-        {"kept": list(order[:count]), **rows.interval(repaired(order[:count]), "repaired")}
-        for count in range(1, len(order) + 1)
-    ]
-    return {"window": window, "sink_tokens": sinks, "alone": alone, "greedy": greedy}
+    steps = [order[:count] for count in range(1, len(order) + 1)]
+    while not (blocks := common_blocks(repaired(kept) for kept in steps)):
+        steps.pop()  # measured on other documents
+    excess = _excess(rows, plan, none_kept, blocks)
+    greedy = []
+    for kept in steps:
+        own = rows.interval({block: repaired(kept)[block] for block in blocks}, "repaired")
+        greedy.append({"kept": list(kept), **own, "excess": None if excess is None else excess - own["repaired"]})
+    return {"window": window, "sink_tokens": sinks, "excess": excess, "alone": alone, "greedy": greedy}
+
+
+def _excess(rows: Rows, plan: Plan, damage: Key, blocks: Sequence[str]) -> float | None:
+    """Damage beyond what the lost context is worth, at most, per token beyond the window; None where these blocks have no ceiling."""
+    cost, worth = rows.difference(damage, IMPORTED), _worth_at(rows, plan, plan.window)
+    if any(block not in cost or block not in worth for block in blocks):
+        return None
+    return (_mean(cost, blocks) - _mean(worth, blocks)) / beyond_share(plan.window, plan.context)
+
+
+def _off(key: Key) -> Key:
+    """What an inner loop's loss is compared with."""
+    return IMPORTED if key[1] is None else ("damage", key[1], key[2])
 
 
 def _inner(rows: Rows, key: Key) -> dict[str, Any]:
     _, window, sinks, rate = key
-    off: Key = IMPORTED if window is None else ("damage", window, sinks)
-    values = rows.difference(key, off)
+    values = rows.difference(key, _off(key))
     norms = [norm for of_block in rows.column(key, "update_norms").values() for norm in of_block]
     return {
         "window": window,
@@ -164,26 +224,39 @@ def _inner(rows: Rows, key: Key) -> dict[str, Any]:
         "update_norm": sum(norms) / len(norms),
         "update_norm_max": max(norms),
         "curve": _curve(rows, key, list(values)),
-        "off_curve": _curve(rows, off, list(values)),
+        "off_curve": _curve(rows, _off(key), list(values)),
     }
 
 
-def _recommendation(rows: Rows, found: Mapping[str, Any], plan: Plan) -> dict[str, Any] | None:
-    if not (found["ceiling"] and found["damage"]):
+def _best_rate(rows: Rows, plan: Plan, sinks: int) -> float | None:
+    """The inner rate that helps most in the plan's window, on the blocks that all of the plan's rates have read; None where none helps."""
+    keys = [key for key in rows.keys("inner") if key[1:3] == (plan.window, sinks)]
+    changes = {float(key[3] or 0): rows.difference(key, _off(key)) for key in keys}
+    changes = {rate: each for rate, each in changes.items() if each and (not plan.rates or rate in plan.rates)}
+    blocks = common_blocks(changes.values())
+    means = {rate: _mean(each, blocks) for rate, each in changes.items()} if blocks else {}
+    best = min(means, key=lambda rate: means[rate], default=None)
+    return best if best is not None and means[best] < 0 else None
+
+
+def _recommendation(rows: Rows, found: Mapping[str, Any], plan: Plan, sinks: int) -> dict[str, Any] | None:
+    # Those of an earlier command may be of other documents.
+    ceilings = [row for row in found["ceiling"] if row["window"] in plan.windows]
+    if not (ceilings and found["sinks"]):
         return None
-    telling = [row for row in found["ceiling"] if row["low"] is not None and row["low"] >= MIN_CEILING]
-    ceiling = (
-        max(telling, key=lambda row: row["window"]) if telling else max(found["ceiling"], key=lambda row: row["nats"])
-    )
-    sinks = best_sinks(rows, plan)
-    rates = [row for row in found["inner"] if row["window"] is not None and row["rate"] > 0]
-    rate = min(rates, key=lambda row: row["nats"]) if rates else None
+    telling = [row for row in ceilings if row["low"] is not None and row["low"] >= MIN_CEILING]
+    ceiling = max(telling, key=lambda row: row["window"]) if telling else max(ceilings, key=lambda row: row["nats"])
+    can_tell = excludes_none(_as_recorded(ceiling))
+    at_window = _in_depth(rows, plan, ceiling["window"], (sinks, sinks)) if can_tell else None
     return {
-        "window": ceiling["window"],
+        "ceiling_window": ceiling["window"],
+        "gate_can_tell": can_tell,
+        # A window is recommended where the ceiling decides and what it costs is known.
+        "window": None if at_window is None else ceiling["window"],
+        "at_window": at_window,
         "sink_tokens": sinks,
-        "full_attention_layers": _kept(found, plan, sinks),
-        "inner_lr": None if rate is None else rate["rate"],
-        "gate_can_tell": excludes_none(_as_recorded(ceiling)),
+        "full_attention_layers": _kept(found["layers"]),
+        "inner_lr": _best_rate(rows, plan, sinks),
     }
 
 
@@ -193,13 +266,10 @@ def _as_recorded(row: Mapping[str, Any]) -> Ceiling:
     return Ceiling(**{name: row[name] for name in names}, checkpoint="")
 
 
-def _kept(found: Mapping[str, Any], plan: Plan, sinks: int) -> list[int]:
-    """The shortest greedy list that brings the damage within ``WORTH_KEEPING`` of what the lost context is worth; usually none."""
-    at = [row for row in found["damage"] if (row["window"], row["sink_tokens"]) == (plan.window, sinks)]
-    worth = [row for row in found["ceiling"] if row["window"] == plan.window]
-    if not (at and worth and found["layers"]):
-        return []
-    excess, greedy = at[0]["beyond"] - worth[0]["beyond"], found["layers"]["greedy"]
-    left = [excess, *(excess - step["repaired"] for step in greedy)]
-    count = next((number for number, rest in enumerate(left) if rest <= WORTH_KEEPING), len(greedy))
-    return sorted(greedy[count - 1]["kept"]) if count else []
+def _kept(layers: Mapping[str, Any] | None) -> list[int] | None:
+    """The shortest greedy list that brings the damage within ``WORTH_KEEPING`` of what the lost context is worth, usually the empty one;
+    None where that was not measured."""
+    if layers is None or layers["excess"] is None:
+        return None
+    steps = [{"kept": [], "excess": layers["excess"]}, *layers["greedy"]]
+    return sorted(next((step for step in steps if step["excess"] <= WORTH_KEEPING), steps[-1])["kept"])

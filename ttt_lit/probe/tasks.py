@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,20 +60,35 @@ class Tasks:
     ) -> None:
         self.decoder, self.spec, self.blocks, self.plan = decoder, spec, blocks, plan
         self.config, self.has_bos, self.rows = config, has_bos, rows
-        self.sweep = spread(blocks, config.sweep_documents)
+        self.sweep = spread(blocks, plan.sweep_documents)
         self.device = decoder.norm.weight.device
         self._dense: dict[str, Tensor] = {}
         self._per_layer = _numbers(spec, lambda name: "layers." in name and "prime" not in name) / spec.num_layers
         self._prime, self._head = _numbers(spec, lambda name: "prime" in name), spec.vocab_size * spec.hidden_size
 
     @property
-    def phases(self) -> tuple[Callable[[], Iterator[Task]], ...]:
-        """In this order: what chooses the number of sinks, what the verdict rests on, what uses the choice, what is dearest."""
+    def phases(self) -> tuple[tuple[str, Callable[[], Iterator[Task]]], ...]:
+        """With their names, in this order: what chooses the number of sinks, what the verdict rests on, what uses the choice, what is
+        dearest."""
         steps = self.config.keep_layers or 1
-        layers = (
-            lambda count=count: self._layers(count) for count in range(steps if self.config.layer_documents else 0)
+        layers = tuple(
+            (f"layers to keep (step {count + 1})", partial(self._layers, count))
+            for count in range(steps if self.plan.layer_documents else 0)
         )
-        return (self._sinks, self._ceilings, self._windows, self._inner, *layers)
+        first = (("sinks", self._sinks), ("ceilings", self._ceilings), ("other windows", self._windows))
+        return (*first, ("inner loop", self._inner), *layers)
+
+    def has(self, task: Task) -> bool:
+        return all(self.rows.has(key, task.block.id) for key in task.keys)
+
+    def missing(self) -> list[str]:
+        """The phases that are not finished, with how many of their measurements are to come."""
+        found = []
+        for name, phase in self.phases:
+            done = [self.has(task) for task in phase()]
+            if not all(done):
+                found.append(f"{name} ({done.count(False)} of {len(done)})")
+        return found
 
     def _sinks(self) -> Iterator[Task]:
         for block in self.sweep:
@@ -107,7 +123,7 @@ class Tasks:
         # Before those layers are known, any that many stand for them: the estimate of the time left wants to know what is to come.
         others = [i for i in changed if i not in kept][: max(0, len(changed) - count)]
         if others:
-            for block in spread(self.sweep, self.config.layer_documents):
+            for block in spread(self.sweep, self.plan.layer_documents):
                 yield self._keeping(block, window, sinks, kept, others)
 
     # Single tasks -------------------------------------------------------------------------------------------------------------
@@ -158,9 +174,12 @@ class Tasks:
         spec = self.spec if window is None else self.spec.with_layers(self._narrowed(window, sinks))
         keys: dict[float, Key] = {rate: ("inner", window, sinks, rate) for rate in self.plan.rates}
 
+        chunk = self.plan.chunk
+        assert chunk is not None
+
         def run() -> Iterator[tuple[Key, Values]]:
             read = measure.losses_while_learning(
-                self.decoder, spec, self._tokens(block), rates=self.plan.rates, chunk=self.plan.chunk, clip=CLIP
+                self.decoder, spec, self._tokens(block), rates=self.plan.rates, chunk=chunk, clip=CLIP
             )
             for rate, out in read:
                 norms = out.update_norms[:, 0].tolist()
