@@ -103,7 +103,9 @@ def test_arms_of_a_comparison_differ_in_nothing_but_start_stages_and_layers():
 
 
 def test_qwen_s_imported_arms_learn_at_the_measured_rate_and_the_baseline_at_the_paper_s():
-    written = {arm: yaml.safe_load((ROOT / f"configs/{arm}.yaml").read_text())["model"] for arm in ARMS if arm[0] == "q"}
+    written = {
+        arm: yaml.safe_load((ROOT / f"configs/{arm}.yaml").read_text())["model"] for arm in ARMS if arm[0] == "q"
+    }
     rates = {arm: model.get("inner", {}).get("lr") for arm, model in written.items() if "ttt" in model}
     assert rates.pop("q_ttt_scratch") is None
     assert yaml.safe_load((ROOT / "configs/base.yaml").read_text())["model"]["inner"]["lr"] == 1.0
