@@ -53,12 +53,13 @@ def probe(config: ProbeConfig, command: str) -> int:
     print(f"{config.folder}: {counts}, windows {windows}, {precision} on {device}", flush=True)
     try:
         ended = _measure(tasks, results, config)
-        results.write(command)
+        written = results.write(command)
     except KeyboardInterrupt:
         results.write(command)
         print(f"{config.folder}: stopped, what was measured is kept; the same command continues")
         return 130
-    print(f"{config.folder}: {ended}; probe.md says what it means, probe.yaml is for fit --config")
+    pages = "; probe.md says what it means, probe.yaml is for fit --config" if written else ""
+    print(f"{config.folder}: {ended}{pages}")
     return 0
 
 
@@ -167,14 +168,15 @@ class Results:
         replace_file(self.folder / NAME, (json.dumps(whole, indent=1) + "\n").encode("utf-8"))
         return whole
 
-    def write(self, command: str) -> None:
-        """The readable files, as far as there is something to say."""
+    def write(self, command: str) -> bool:
+        """The readable files. Returns whether enough is measured to write them."""
         whole = self._save()
         if whole["recommendation"] is None:
-            return
+            return False
         replace_file(self.folder / "probe.md", markdown(whole, command).encode("utf-8"))
         replace_file(self.folder / "probe.yaml", overlay(whole, self.folder / NAME).encode("utf-8"))
         replace_file(self.folder / "probe.png", png_bytes(picture(whole)))
+        return True
 
 
 def _start(config: ProbeConfig) -> Start:
