@@ -162,7 +162,8 @@ def test_a_checkpoint_without_tokenizer_is_not_trained_on_just_any_data(world, t
 
 
 @pytest.mark.parametrize(
-    "command, words", [("prepare", "Documents one after another"), ("fit", "Step size of the inner SGD")]
+    "command, words",
+    [("prepare", "Documents one after another"), ("fit", "the length of the step over all fast weights")],
 )
 def test_help_explains_the_settings(capsys, command, words):
     with pytest.raises(SystemExit):

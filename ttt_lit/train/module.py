@@ -302,7 +302,7 @@ class TTTModule(L.LightningModule):
 
     @property
     def damage_contexts(self) -> tuple[Context, ...]:
-        """The contexts on which damage is measured, if the run starts from a model as imported: the short one where it has short documents."""
+        """On which damage is measured, if the run starts from a model as imported: the short one where it has short documents."""
         if not (self.validation.damage_blocks and self.start.origin.as_imported):
             return ()
         return ("short", "long") if self.datamodule.folders["short"] is not None else ("long",)
