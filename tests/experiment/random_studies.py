@@ -36,7 +36,7 @@ def random_world(random):
     truth = world["baseline"] if world["baseline"] is not None else np.full((seeds, documents), 3.0)
     states = sorted(random.choice(3, size=4), reverse=True)  # 2: above the limit, 1: crosses, 0: holds
     kind = random.random()
-    if kind < 0.12:
+    if kind < 0.14:
         states = [2, 2, 2, int(random.choice(3))]
     elif kind < 0.45:
         states = [int(random.choice(3)), 0, 0, 0]
@@ -53,8 +53,8 @@ def random_world(random):
 def random_arm(random, world, truth, share, state):
     """One wall-clock-matched arm; ``state`` says where its interval will lie."""
 
-    def rarely():
-        return random.random() < 0.01
+    def rarely(chance=0.01):
+        return random.random() < chance
 
     documents = truth.shape[1]
     centre = [random.uniform(-0.03, 0.0), random.uniform(0.0095, 0.0105), random.uniform(0.025, 0.06)][state]
@@ -81,6 +81,7 @@ def random_arm(random, world, truth, share, state):
         arm["ids"][0] = "zzz"
     if rarely() and len(arm["seeds"]) > 1:
         arm["seeds"][-1] += 10
+    arm["inner_lr"] = 0.3 if rarely(0.006) else 0.1
     return arm
 
 
@@ -102,6 +103,7 @@ def records_of(world):
                     status=status,
                     reason=None if status == "finished" else "why",
                     unigram_entropy=world["entropy"],
+                    config={"model": {"inner": {"lr": arm.get("inner_lr", 1.0)}}},
                     environment=Environment(device=arm["device"], num_devices=arm.get("num_devices", 1)),
                     model=Model(
                         family="qwen2", num_parameters=arm.get("num_parameters", 1), num_layers=1, ttt_layers=[0]

@@ -48,6 +48,7 @@ def oracle(world, random):
             "unmatched": any(arm["num_parameters"] != 1 for arm in arms.values()),
         }
         why |= {kind for kind, holds in conditions.items() if holds}
+    why |= {"inner loops"} if len({arm["inner_lr"] for arm in arms.values()}) > 1 else set()
     known = world["parents"] != [] and None not in world["parents"]
     known = known and (
         base is None or world["from_scratch"]
@@ -132,8 +133,8 @@ CEILINGS = {
     "another model": [ceiling(0.05, digest="a" * 64)],
     "none": [],
 }
-BASELINES = (-0.025, -0.011, -0.005, 0.0, 0.025)
-"""On − off. More than the gate's 0.01, perhaps more, less, nothing, harm."""
+BASELINES = (-0.025, -0.011, -0.005, 0.025)
+"""On − off: more than the gate's 0.01, perhaps more, less, harm."""
 CONTROLS = ("attention", "static", "missing", "single seed", "other attention", "updates", "other tokens", "harmed")
 
 

@@ -149,9 +149,10 @@ def reading(records: Sequence[RunRecord], command: str) -> list[Block]:
             "behind a difference: it may not be used as evidence, for reasons that stand under Flags and problems."
         ),
         Paragraph(
-            text="Ceiling. What the imported model loses when it is given only the last tokens, a window of them, on the same held-out "
-            "data: as much as a memory of what lies further back would win that is as good as its own full attention. A difference that is "
-            "a small share of it is a small part of what there is to remember; one beyond 100% is not remembering alone. It is measured "
+            text="Ceiling. What the imported model loses when it is given only the last tokens, a window of them, on one block of each "
+            "held-out document that was probed (the runs' losses are over other blocks of the same held-out side): as much as a memory of "
+            "what lies further back would win that is as good as its own full attention. A difference that is a "
+            "small share of it is a small part of what there is to remember; one beyond 100% is not remembering alone. It is measured "
             "before any training, so a trained model may make somewhat more of a long context."
         ),
         Paragraph(
