@@ -28,7 +28,7 @@ class StartValidation(L.Callback):
     def _measure(self, trainer: L.Trainer, module: TTTModule) -> dict[str, Any]:
         module.model.decoder.set_spec(module.start.stored)
         # Prime MLPs that came with the checkpoint belong to it; those that this run adds do not.
-        mode: Mode = "static" if module.has_inner_loop and not module.start.added else "none"
+        mode: Mode = "static" if module.came_with_prime else "none"
         evaluation = module.new_evaluation().to(module.device)
         request = module.validation_request()
         for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
