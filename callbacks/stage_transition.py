@@ -55,7 +55,7 @@ class StageTransition(L.Callback):
         tokens = self._fixed_batch(module, plan.context)
         if index == 0:
             # A checkpoint that came with prime MLPs computes them; freshly inserted ones are what is to be proved silent.
-            known = module.has_inner_loop and not module.start.added
+            known = module.came_with_prime
             before: tuple[ModelSpec, Mode] = (module.start.stored, "static" if known else "none")
         else:
             old = module.plans[index - 1]

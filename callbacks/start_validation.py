@@ -23,7 +23,7 @@ class StartValidation(L.Callback):
             return
         module.model.decoder.set_spec(module.start.stored)
         # Prime MLPs that came with the checkpoint belong to it; those that this run adds do not.
-        mode: Mode = "static" if module.has_inner_loop and not module.start.added else "none"
+        mode: Mode = "static" if module.came_with_prime else "none"
         with module.ledger.account("validation"):
             entry = module.history.start_validation = self._measure(trainer, module, mode)
             losses = {entry["inner"]: entry["nats_per_token"]}

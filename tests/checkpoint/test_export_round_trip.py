@@ -221,9 +221,13 @@ def test_prime_mlps_cannot_be_exported(hf_folder, tmp_path, quiet):
     assert not (tmp_path / "back").exists()
 
 
-def test_attention_sinks_cannot_be_exported(hf_folder, tmp_path, quiet):
-    converted(hf_folder, tmp_path, quiet, {"window": 5, "sink_tokens": 2})
-    with pytest.raises(ValueError, match=r"attention sinks \(layers \[0, 1, 2\]\)"):
+@pytest.mark.parametrize(
+    "layer, what",
+    [({"window": 5, "sink_tokens": 2}, "attention sinks"), ({"sink_logit": True}, "learned sink logits")],
+)
+def test_sinks_of_either_kind_cannot_be_exported(hf_folder, tmp_path, quiet, layer, what):
+    converted(hf_folder, tmp_path, quiet, layer)
+    with pytest.raises(ValueError, match=rf"{what} \(layers \[0, 1, 2\]\)"):
         export_checkpoint(str(tmp_path / "converted"), str(tmp_path / "back"))
     assert not (tmp_path / "back").exists()
 

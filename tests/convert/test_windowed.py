@@ -4,18 +4,21 @@ import dataclasses
 
 import pytest
 import torch
-from helpers.tiny import random_decoder, random_tokens, specs, tiny_spec
+from helpers.compare import scan
+from helpers.tiny import decoder_of, random_decoder, random_state, random_tokens, specs, tiny_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lit.convert.windowed import preserves_function, windowed, with_windows
+from ttt_lit.convert.fast_mlp import new_tensors
+from ttt_lit.convert.windowed import preserves_function, windowed, with_sink_logits, with_windows
 from ttt_lit.model.spec import LayerSpec
 
 
 def imported(**choices):
-    """Any network without sinks, as no published model has any."""
+    """Any network without sinks of either kind, as no published model of our families has any."""
+    none = {"sink_tokens": 0, "sink_logit": False}
     return specs(**choices).map(
-        lambda spec: spec.with_layers(tuple(dataclasses.replace(layer, sink_tokens=0) for layer in spec.layers))
+        lambda spec: spec.with_layers(tuple(dataclasses.replace(layer, **none) for layer in spec.layers))
     )
 
 
@@ -152,6 +155,32 @@ def test_without_a_window_there_is_nothing_to_except_from(given):
 def test_a_layer_that_does_not_exist_cannot_be_kept():
     with pytest.raises(ValueError, match=r"keep has layers \[-1, 2\], expected indices from 0 to 1"):
         windowed(tiny_spec(), 4, keep=(1, 2, -1))
+
+
+@settings(max_examples=30)
+@given(
+    imported(ttt=False),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.sampled_from(["none", "static"]),
+    st.integers(0, 10**6),
+)
+def test_learned_sinks_begin_without_effect_and_with_a_gradient(spec, window, sinks, mode, seed):
+    """Where a window cuts, the same kernel runs and no bit changes."""
+    narrow = windowed(spec, window, sink_tokens=sinks)
+    layers = [i for i, layer in enumerate(narrow.layers) if layer.window + layer.sink_tokens < 12]
+    with_sinks = with_sink_logits(narrow, layers)
+    state, tokens = random_state(narrow, seed=seed), random_tokens(2, 13, seed=seed)
+    added = {name: torch.zeros(shape).double() for name, shape in new_tensors(narrow, with_sinks).items()}
+    assert len(added) == len(layers)
+    before, decoder = decoder_of(narrow, state), decoder_of(with_sinks, state | added)
+    losses = [scan(d, tokens, mode=mode).token_nll for d in (before, decoder)]
+    assert torch.equal(*losses)
+    losses[1].mean().backward()
+    # A window of one without a token sink gives every head the value of its own key, which a scale moves; norms may undo it.
+    assert all(decoder.get_parameter(name).grad.isfinite().all() for name in added)
+    if not spec.post_norms:
+        assert all(decoder.get_parameter(name).grad.any() for name in added)
 
 
 @given(imported(), st.integers(1, 9))

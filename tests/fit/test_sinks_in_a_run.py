@@ -1,6 +1,7 @@
 """A run whose windows have attention sinks and spare a layer, in every stage: measured with updates, and no jump where nothing changes."""
 
 import pytest
+import torch
 from fitting import run
 
 from ttt_lit.checkpoint.store import load_checkpoint
@@ -40,6 +41,21 @@ def test_sinks_that_come_with_a_window_are_a_jump_and_sinks_that_stay_are_none(b
     assert abs(learning.difference) <= learning.tolerance
     assert [stage.sink_tokens for stage in record.stages] == [2, 2]
     assert "4 with 2 sinks" in learning.kind
+
+
+def test_learned_sinks_are_proved_silent_and_then_learn_in_every_stage(world, tmp_path):
+    dense = '--model.stages.B0={"enabled": true, "attention": "dense", "share": 0.3}'
+    rest = ("--model.start.sink_logits=true", "--model.validation.every_share=0", "--model.stages.C=null")
+    parts = run(world, tmp_path, *SIZE, *rest, dense, B1, B2, steps=10)
+    record = RunRecord.read(parts.run.folder)
+    first, _, learning = (stage.transition for stage in record.stages)
+    assert first.preserves
+    assert abs(first.difference) <= first.tolerance
+    assert learning.preserves
+    found = [load_checkpoint(parts.run.folder / "checkpoints" / stage).state() for stage in ("B0", "B1", "B2")]
+    sinks = [torch.cat([t for name, t in state.items() if "sink_logit" in name]) for state in found]
+    assert sinks[0].numel() == 4 * parts.module.start.spec.num_heads
+    assert all((a != b).all() for a, b in zip(sinks, [torch.zeros_like(sinks[0]), *sinks], strict=False))
 
 
 def test_a_checkpoint_has_its_sinks_and_a_run_from_it_those_that_it_asks_for(bridge, world, tmp_path):

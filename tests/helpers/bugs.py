@@ -46,16 +46,16 @@ def window_off_by_one(patch):
     """Each query sees one token more than its window."""
     tiles = tiled._tiles
     patch.setattr(tiled, "_tiles", lambda q, k, v, window, sinks: tiles(q, k, v, window and window + 1, sinks))
-    past = Reading._past
+    spans = Reading._past_spans
 
     def wider(self, index, chunk):
         kinds = self._kinds
         self._kinds = {i: kind._replace(window=kind.window and kind.window + 1) for i, kind in kinds.items()}
-        found = past(self, index, chunk)
+        found = spans(self, index, chunk)
         self._kinds = kinds
         return found
 
-    patch.setattr(Reading, "_past", wider)
+    patch.setattr(Reading, "_past_spans", wider)
 
 
 def updated_before_scored(patch):

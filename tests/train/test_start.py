@@ -89,6 +89,34 @@ def test_the_receipt_accounts_for_every_tensor(checkpoint, init, ttt):
             assert by_name[name] == origin[name]
 
 
+@pytest.mark.parametrize("ttt", [None, TTT])
+@pytest.mark.parametrize("init", ["checkpoint", "scratch"])
+def test_learned_sinks_are_new_zeros_of_full_attention_layers_and_move_no_other_tensor(tmp_path, init, ttt):
+    spec = tiny_spec(LayerSpec(window=3), LayerSpec())
+    make_checkpoint(tmp_path / "c", spec)
+    given = {"init_from": str(tmp_path / "c"), "init": init, "seed": 5}
+    plain, start = (resolve_start(StartConfig(**given, sink_logits=sinks), ttt) for sinks in (False, True))
+    assert [layer.sink_logit for layer in start.spec.layers] == [False, True]
+    name = "layers.1.self_attn.sink_logit"
+    assert set(start.state) - set(plain.state) == {name} == {n for n in start.added if "sink" in n}
+    assert torch.equal(start.state[name], torch.zeros(spec.num_heads))
+    assert same({n: start.state[n] for n in plain.state}, dict(plain.state))
+    start.receipt.check(start.spec.parameter_shapes())
+    record = next(r for r in start.receipt.records if r.name == name)
+    assert (record.status, record.note) == ("new", "a learned sink of zero mass")
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_checkpoint_with_learned_sinks_keeps_them_and_its_shape_alone_has_none(tmp_path, sinks):
+    spec = tiny_spec(LayerSpec(window=3), LayerSpec(sink_logit=True))
+    state = make_checkpoint(tmp_path / "c", spec)
+    start = resolve_start(StartConfig(init_from=str(tmp_path / "c"), sink_logits=sinks), None)
+    assert (start.spec, start.added) == (spec, {})
+    assert same(dict(start.state), state)
+    scratch = resolve_start(StartConfig(init_from=str(tmp_path / "c"), init="scratch", sink_logits=sinks), None)
+    assert [layer.sink_logit for layer in scratch.spec.layers] == [False, sinks]
+
+
 @pytest.mark.parametrize("ttt", [None, TTTConfig(prime_init="random")])
 def test_scratch_is_a_function_of_the_seed(checkpoint, ttt):
     def state(seed):

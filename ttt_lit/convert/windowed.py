@@ -1,4 +1,4 @@
-"""Dense attention → sliding window: a change of the description that touches no tensor."""
+"""Dense attention → sliding window: a change of the description that touches no tensor, and learned sinks, which begin without effect."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def windowed(spec: ModelSpec, window: int | None, *, sink_tokens: int = 0, keep:
     return spec.with_layers(
         tuple(
             layer if index in keep else _narrowed(layer, window, sink_tokens) for index, layer in enumerate(spec.layers)
+        )
+    )
+
+
+def with_sink_logits(spec: ModelSpec, layers: Collection[int]) -> ModelSpec:
+    """The same model with a learned sink for each query head of these layers; at zero it changes nothing."""
+    return spec.with_layers(
+        tuple(
+            dataclasses.replace(layer, sink_logit=True) if index in layers else layer
+            for index, layer in enumerate(spec.layers)
         )
     )
 

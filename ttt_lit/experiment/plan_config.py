@@ -22,7 +22,7 @@ from ttt_lit.train.origin import Origin, origin_of_checkpoint
 from ttt_lit.train.parser_errors import explained
 from ttt_lit.train.run import BASE, CLI_SETTINGS, PRECISIONS, _CommandLine, device_count, parser_settings
 from ttt_lit.train.stages import StagePlan, plan_stages
-from ttt_lit.train.start import Start, _with_prime
+from ttt_lit.train.start import Start, extended
 
 SHAPES = "configs/shapes/"
 
@@ -46,7 +46,7 @@ class PlannedRun:
     shape: str
     """Where the network's shape comes from."""
     spec: ModelSpec
-    """The network with its prime MLPs; windows as imported."""
+    """The network with its prime MLPs and learned sinks; windows as imported."""
     origin: Origin
     """What the run starts from."""
     module: TTTModule
@@ -100,7 +100,7 @@ def read_run(arguments: list[str], shape: str | None) -> PlannedRun:
 
 
 def _spec(origin: Origin, module: TTTModule) -> ModelSpec:
-    return with_windows(_with_prime(origin, module.ttt), origin.imported_windows)
+    return with_windows(extended(origin, module.start_config, module.ttt), origin.imported_windows)
 
 
 def _origin(init_from: str, shape: str | None) -> tuple[Origin, str]:

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["silu", "gelu_tanh"]
 FastWeights = Literal["prime", "mlp"]
+SINK_LOGIT = "self_attn.sink_logit"
+"""The parameter of a layer's learned sinks."""
 Mode = Literal["none", "static", "meta", "first_order"]
 """``none``: prime MLPs are not computed. ``static``: computed, never updated inside. ``meta``: updated, and the outer gradient
 differentiates through every update. ``first_order``: updated, but the updates' gradients are constants to the outer gradient."""
@@ -147,7 +149,7 @@ class ModelSpec:
         if self.pre_norms:
             shapes["input_layernorm.weight"] = (width,)
         if layer.sink_logit:
-            shapes["self_attn.sink_logit"] = (self.num_heads,)
+            shapes[SINK_LOGIT] = (self.num_heads,)
         for name, size in (("q", queries), ("k", keys), ("v", keys)):
             shapes[f"self_attn.{name}_proj.weight"] = (size, width)
             if self.qkv_bias:

@@ -36,9 +36,7 @@ def attention_naive(
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
     seen = visible(q.shape[2], k.shape[2], window, q.device, sink_tokens=sink_tokens)
     scores = scores.masked_fill(~seen, float("-inf"))
+    out = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(dim=-1), v)
     if sink_mass is None:
-        return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(dim=-1), v)
-    peak = scores.detach().amax(dim=-1, keepdim=True)
-    weights = (scores - peak).exp()
-    total = weights.sum(dim=-1, keepdim=True) + sink_mass[:, None, None] * (-peak).exp()
-    return torch.einsum("bhqk,bhkd->bhqd", weights / total, v)
+        return out
+    return out / (1 + sink_mass[:, None, None] * (-scores.logsumexp(dim=-1, keepdim=True)).exp())

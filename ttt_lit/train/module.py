@@ -30,7 +30,15 @@ from ttt_lit.train.evaluation import (
 )
 from ttt_lit.train.history import History
 from ttt_lit.train.ledger import Ledger
-from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, load_moments, set_lr
+from ttt_lit.train.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    group_names,
+    is_prime,
+    load_moments,
+    set_lr,
+)
 from ttt_lit.train.parallel import data_mesh, fill, reshard, shard
 from ttt_lit.train.position import block_ids
 from ttt_lit.train.requests import held_out_request, training_request
@@ -160,6 +168,11 @@ class TTTModule(L.LightningModule):
     @property
     def has_inner_loop(self) -> bool:
         return bool(self.start.spec.ttt_layers)
+
+    @property
+    def came_with_prime(self) -> bool:
+        """Whether the start checkpoint had the prime MLPs already."""
+        return self.has_inner_loop and not any(map(is_prime, self.start.added))
 
     # Stages -------------------------------------------------------------------------------------------------------------------
 

@@ -47,9 +47,9 @@ class Origin:
         return self.checkpoint is not None and (not self.lineage or self.lineage[-1].operation != "fit")
 
     def shape_only(self) -> Origin:
-        """The same network without weights, history and prime MLPs: what a run from random weights starts from."""
+        """The same network without weights, history and what runs have added: what a run from random weights starts from."""
         spec = with_windows(self.spec, self.imported_windows)
-        bare = tuple(dataclasses.replace(layer, prime=None, fast=None) for layer in spec.layers)
+        bare = tuple(dataclasses.replace(layer, prime=None, fast=None, sink_logit=False) for layer in spec.layers)
         return dataclasses.replace(self, spec=spec.with_layers(bare), lineage=(), checkpoint=None)
 
     @property

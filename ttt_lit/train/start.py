@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ttt_lit.checkpoint.receipt import Receipt
 from ttt_lit.convert.fast_mlp import TTTConfig, new_tensors, prime_state, ttt_layers, with_prime
-from ttt_lit.convert.windowed import with_windows
+from ttt_lit.convert.windowed import with_sink_logits, with_windows
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.model.spec import ModelSpec
+from ttt_lit.model.spec import SINK_LOGIT, ModelSpec
 from ttt_lit.train.origin import Origin, origin_of_checkpoint, origin_of_config
 
 
@@ -34,6 +34,9 @@ class StartConfig:
     """``params``: weights only. ``all``: the optimiser's moments too; refused unless every shape matches."""
     tokenizer: str | None = None
     """Folder of the tokenizer, where ``init_from`` is a config.json."""
+    sink_logits: bool = False
+    """Whether every layer that the imported model gives full attention has a learned sink for each query head, zero at first. A checkpoint
+    that has them already keeps them."""
     std: float = 0.02
     """Standard deviation of random matrices."""
     seed: int = 0
@@ -46,7 +49,7 @@ class Start:
 
     origin: Origin
     stored: ModelSpec
-    """The origin's description with the prime MLPs that this run adds; windows as in the checkpoint."""
+    """The origin's description with the prime MLPs and learned sinks that this run adds; windows as in the checkpoint."""
     spec: ModelSpec
     """The same with the windows that the imported model had: stages narrow these."""
     state: Mapping[str, Tensor]
@@ -68,7 +71,7 @@ def optimizer_file(checkpoint: str | Path) -> Path:
 def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
     """Read, convert and initialise. Errors name what is missing and the command that makes it."""
     origin = _origin(config)
-    stored = _with_prime(origin, ttt)
+    stored = extended(origin, config, ttt)
     added = new_tensors(origin.spec, stored)
     if config.load == "all" and added:
         raise ValueError(
@@ -77,9 +80,8 @@ def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
         )
     checkpoint = origin.checkpoint
     state = _random_state(origin.spec, config) if checkpoint is None else _AsFloat32(checkpoint.state())
-    if added and ttt is not None:
-        new = prime_state(origin.spec, stored, state, init=ttt.prime_init, seed=config.seed, std=config.std)
-        state = ChainMap(new, state)  # type: ignore[arg-type]
+    if added:
+        state = ChainMap(_new_state(origin, config, ttt, state, added), state)  # type: ignore[arg-type]
     return Start(
         origin=origin,
         stored=stored,
@@ -89,6 +91,28 @@ def resolve_start(config: StartConfig, ttt: TTTConfig | None) -> Start:
         receipt=_receipt(config, origin, added, ttt),
         optimizer=_optimizer_state(config, state) if config.load == "all" else None,
     )
+
+
+def extended(origin: Origin, config: StartConfig, ttt: TTTConfig | None) -> ModelSpec:
+    """The origin's network with everything that the run adds; windows as they are."""
+    spec = _with_prime(origin, ttt)
+    full = [index for index, window in enumerate(origin.imported_windows) if window is None]
+    return with_sink_logits(spec, full) if config.sink_logits else spec
+
+
+def _new_state(
+    origin: Origin,
+    config: StartConfig,
+    ttt: TTTConfig | None,
+    state: Mapping[str, Tensor],
+    added: Mapping[str, tuple[int, ...]],
+) -> dict[str, Tensor]:
+    """The added tensors: learned sinks are zero, prime MLPs as their policy says."""
+    new = {name: torch.zeros(shape) for name, shape in added.items() if name.endswith(SINK_LOGIT)}
+    if ttt is not None:
+        prime = _with_prime(origin, ttt)
+        new |= prime_state(origin.spec, prime, state, init=ttt.prime_init, seed=config.seed, std=config.std)
+    return new
 
 
 def _with_prime(origin: Origin, ttt: TTTConfig | None) -> ModelSpec:
@@ -131,9 +155,11 @@ def _receipt(config: StartConfig, origin: Origin, added: dict[str, tuple[int, ..
         )
     else:
         receipt = origin.receipt.stored_as(dict.fromkeys(origin.spec.parameter_shapes(), "F32"))
-    if added and ttt is not None:
-        receipt = receipt.with_new(added, dtype="F32", note=f"prime_init {ttt.prime_init}, seed {config.seed}")
-    return receipt
+    sinks = {name: shape for name, shape in added.items() if name.endswith(SINK_LOGIT)}
+    if prime := {name: shape for name, shape in added.items() if name not in sinks}:
+        assert ttt is not None
+        receipt = receipt.with_new(prime, dtype="F32", note=f"prime_init {ttt.prime_init}, seed {config.seed}")
+    return receipt.with_new(sinks, dtype="F32", note="a learned sink of zero mass")
 
 
 class _AsFloat32(Mapping[str, Tensor]):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_lit.model.attention import sink_mass
 from ttt_lit.model.mlp import MLPWeights
 from ttt_lit.model.rope import rotate
-from ttt_lit.model.spec import Activation, FastWeights, ModelSpec
+from ttt_lit.model.spec import SINK_LOGIT, Activation, FastWeights, ModelSpec
 from ttt_lit.ops.attention import choose_carried_kernel
 from ttt_lit.ops.carried_attention import Attended, CarriedKernel, attend, attend_dual
 from ttt_lit.ttt.dual import Dual, FastMLP, Products, add, fast_mlp, gated_mlp, norm
@@ -138,7 +138,7 @@ def _attention(
         )
         for n, y in zip("qk", heads[:2], strict=True)
     )
-    sink = weights.get("self_attn.sink_logit")
+    sink = weights.get(SINK_LOGIT)
     mixed, attended = _mix(kind, q, k, heads[2], None if sink is None else sink_mass(sink), given)
     out = products.linears(mixed.each(_merged), [(weights["self_attn.o_proj.weight"], None)])[0]
     return out, AttentionState(KeyValues(k.value, heads[2].value), attended)

@@ -126,12 +126,12 @@ def _attention(
         for head in range(spec.num_heads):
             kv = head // (spec.num_heads // spec.num_kv_heads)
             scores = keys[seen, kv] @ q[i, head] * spec.attention_scale
-            weights = torch.exp(scores - scores.max())
-            total = weights.sum()
+            mixed = torch.softmax(scores, dim=0) @ values[seen, kv]
             if layer.sink_logit:
                 b = w["self_attn.sink_logit"][head]
-                total = total + torch.expm1(b if b >= 0 else -b) * torch.exp(-scores.max())
-            out.append(weights / total @ values[seen, kv])
+                mass = torch.expm1(b if b >= 0 else -b)
+                mixed = mixed / (1 + mass * torch.exp(-torch.logsumexp(scores, dim=0)))
+            out.append(mixed)
     return torch.stack(out).view(len(x), -1) @ w["self_attn.o_proj.weight"].T
 
 
