@@ -8,8 +8,9 @@ import lightning as L
 
 from ttt_lit import metrics
 from ttt_lit.metrics import Inner
-from ttt_lit.train.damage import damage, damage_modes, describe, position_curves
+from ttt_lit.train.damage import damage, damage_modes, describe, hiding_window, position_curves
 from ttt_lit.train.divergence import stop_unless_finite
+from ttt_lit.train.evaluation import trained_inner
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.stages import Context
 
@@ -47,11 +48,14 @@ class DamageLog(L.Callback):
         modes = damage_modes(module.evaluation_modes(), context=tokens, chunk=plan.chunk)
         curves = position_curves(trainer, module, context, modes)
         imported = module.history.imported[context]
+        window = hiding_window(plan, module.start.spec, context=tokens)
         for inner, curve in curves.items():
-            entry = {"when": when, "context": context, "inner": inner} | damage(curve, imported, window=plan.window)
+            entry = {"when": when, "context": context, "inner": inner} | damage(curve, imported, window=window)
             module.history.stage(plan.name).damage.append(entry)
             self._log(trainer, context, inner, entry)
-        losses = {inner: float(curve.mean()) for inner, curve in curves.items()}
+        # The other setting is not trained in this stage: a loss there that is no number is a finding, not the end of the run.
+        trained = trained_inner(plan.config.mode)
+        losses = {inner: float(curve.mean()) for inner, curve in curves.items() if inner == trained}
         stop_unless_finite(trainer, module, f"loss at the {when} of stage {plan.name}", context=tokens, losses=losses)
 
     def _log(self, trainer: L.Trainer, context: Context, inner: Inner, entry: dict[str, float | None]) -> None:

@@ -106,6 +106,18 @@ def test_transitions_and_validation_agree(runs):
             assert alone["nats_per_token"] == pytest.approx(sharded["nats_per_token"], abs=1e-5)
 
 
+def test_damage_agrees(runs):
+    one, two = (result["history"] for result in runs)
+    assert list(one["imported"]) == list(two["imported"]) == ["short", "long"]
+    for context, curve in one["imported"].items():
+        assert two["imported"][context] == pytest.approx(curve, abs=1e-5)
+    for name in MODES:
+        alone, sharded = (history["stages"][name]["damage"] for history in (one, two))
+        assert len(alone) == len(sharded) == 8
+        for mine, theirs in zip(alone, sharded, strict=True):
+            assert theirs == pytest.approx(mine, abs=1e-5)
+
+
 def test_two_ranks_that_were_unplugged_end_like_two_that_were_not(runs, world, folder):
     """Sharded resume in the middle of a stage: weights, optimiser and data position to the bit."""
     again = run(world, folder, 2, unplug_after=7)

@@ -3,16 +3,22 @@
 import pytest
 import tiny
 import torch
-from fitting import run
+from fitting import StoppedClock, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks import damage_log, start_validation
 from ttt_lit import metrics
 from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.experiment.record import RunRecord
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.train.damage import damage, damage_modes, describe
+from ttt_lit.model.spec import LayerSpec
+from ttt_lit.train.budget import Budget
+from ttt_lit.train.damage import damage, damage_modes, describe, hiding_window, position_curves
+from ttt_lit.train.run import assemble
+from ttt_lit.train.stages import SizeConfig, StageConfig, Stages, plan_stages
 from ttt_lit.ttt.scan import sequence_loss
 
+ONLY_C = [f"--model.stages.{name}=null" for name in ("B1", "B2")]
 SETTINGS = [("short", "off"), ("short", "on"), ("long", "off"), ("long", "on")]
 # float32 sums in another order.
 CLOSE = {"abs": 2e-6}
@@ -22,11 +28,11 @@ def found(stage):
     return {(each.when, each.context, each.inner): each for each in stage.damage}
 
 
-def curve_of(path, parts, context, mode, spec=None):
-    """Mean loss at each position of a checkpoint, read again from disk."""
+def curve_of(path, parts, context, mode, spec=None, added=None):
+    """Mean loss at each position of a checkpoint, read again from disk, with what a run adds to it, at the full inner rate."""
     checkpoint = load_checkpoint(path)
     decoder = Decoder(spec or checkpoint.spec)
-    decoder.load_state_dict({name: tensor.float() for name, tensor in checkpoint.state().items()})
+    decoder.load_state_dict({name: tensor.float() for name, tensor in checkpoint.state().items()} | (added or {}))
     module = parts.module
     stream = parts.data.open(module.validation_request(module.validation.damage_blocks, context))
     tokens = torch.cat([batch["tokens"] for batch in stream])
@@ -58,6 +64,32 @@ def test_the_end_is_what_the_stages_checkpoint_says(bridge, world, stage, off):
         assert difference.abs().max() > 1e-3
         if context == "long":
             assert each.beyond == pytest.approx(difference[tiny.SHORT :].mean().item(), **CLOSE)
+
+
+@pytest.mark.parametrize("stage, before", [("B1", None), ("B2", "B1")])
+def test_the_start_with_updates_is_read_in_the_stages_network_at_the_full_inner_rate(bridge, world, stage, before):
+    """B1 has other windows than its weights' own, B2 a warm-up that begins with a tenth of the rate."""
+    parts, shapes, record = bridge
+    index = [each.name for each in record.stages].index(stage)
+    spec, added = parts.module.stage_spec(parts.module.plans[index]), shapes.primes[stage]
+    weights = world / "checkpoint" if before is None else parts.run.folder / "checkpoints" / before
+    for context in ("short", "long"):
+        read = curve_of(weights, parts, context, "meta", spec=spec, added=added)
+        imported = curve_of(world / "checkpoint", parts, context, "none")
+        on, off = (found(record.stages[index])["start", context, inner] for inner in ("on", "off"))
+        assert on.nats == pytest.approx((read - imported).mean().item(), **CLOSE)
+        assert abs(on.nats - off.nats) > 1e-4
+
+
+def test_the_time_is_no_training(world, tmp_path, monkeypatch):
+    clock = StoppedClock()
+    for callback in (start_validation, damage_log):
+        monkeypatch.setattr(callback, "position_curves", clock.tick(position_curves))
+    parts = assemble(tiny.arguments(world, tmp_path, *ONLY_C, steps=2), command="fit")
+    parts.trainer.callbacks.insert(0, clock)
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+    # Both contexts: the imported model, the stage's start, its end.
+    assert parts.module.ledger.spent("C").seconds == {"compute": 0, "validation": 6, "checkpoint": 0, "compile": 0}
 
 
 def test_a_window_alone_damages_what_lies_beyond_it_and_nothing_inside(bridge):
@@ -135,8 +167,22 @@ def test_it_can_be_left_out_and_blocks_that_are_not_there_are_refused_before_any
 def test_damage_is_a_difference_of_curves_cut_at_the_window():
     curve, imported = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64), [1.0, 1.0, 1.0, 1.0]
     assert damage(curve, imported, window=3) == {"inside": 1.0, "beyond": 5.0, "nats": 2.0}
-    for spans in (None, 4, 9):
-        assert damage(curve, imported, window=spans) == {"inside": 2.0, "beyond": None, "nats": 2.0}
+    assert damage(curve, imported, window=None) == {"inside": 2.0, "beyond": None, "nats": 2.0}
+    for no_number in (float("nan"), float("inf")):
+        curve[3] = no_number
+        assert damage(curve, imported, window=3) == {"inside": 1.0, "beyond": None, "nats": None}
+
+
+# Sinks are for layers that had full attention: one of 14 tokens that is narrowed to 12 gets none.
+@pytest.mark.parametrize(
+    "layers, context, window",
+    [([None, 8], 17, 12), ([None, 8], 16, None), ([None, 8], 12, None), ([None, 14], 16, 12), ([8, 8], 99, None)],
+)
+def test_a_window_that_spans_the_context_with_its_sinks_leaves_nothing_beyond(layers, context, window):
+    size = SizeConfig(window=12, sink_tokens=4, short=16, long=32, chunk=4, tokens_per_step=32)
+    (plan,) = plan_stages(Stages(B1=StageConfig()), size, Budget(tokens=64), devices=1)
+    spec = tiny.tiny_spec(2).with_layers(tuple(LayerSpec(window=each) for each in layers))
+    assert hiding_window(plan, spec, context=context) == window
 
 
 def test_updates_are_measured_where_a_context_has_whole_chunks_and_more_than_one():
@@ -158,11 +204,14 @@ def test_the_console_line_has_a_settings_start_and_end_in_every_context():
         entry("start", "long", "on", 7.0, 7.0),
         entry("end", "long", "on", 7.0, 7.0),
     ]
+    broken = [each | {"nats": None, "beyond": None} if each["when"] == "end" else each for each in entries]
+    without_number = "short +0.500 → not finite; long +0.200 → -0.050 inside the window, +1.000 → not finite beyond it"
+    assert describe(broken, "off") == without_number
     said = "short +0.500 → +0.100; long +0.200 → -0.050 inside the window, +1.000 → +0.250 beyond it"
     assert describe(entries, "off") == said
 
 
-TOO_SHORT = [f"--model.stages.{name}=null" for name in ("B1", "B2")] + [f"--model.size.short={tiny.LONG}"]
+TOO_SHORT = [*ONLY_C] + [f"--model.size.short={tiny.LONG}"]
 """Only long blocks are trained on, and the short documents do not fill the short context."""
 
 

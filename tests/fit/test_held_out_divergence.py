@@ -40,17 +40,21 @@ def start(monkeypatch, change):
 
 
 class BreaksReading(L.Callback):
-    """In one stage, held-out blocks get no loss beyond the short context while the inner loop learns from them."""
+    """In one stage, held-out blocks get no loss beyond the short context while the inner loop learns from them; with ``only_start``
+    before the first optimiser step."""
 
-    def __init__(self, stage, value):
-        self.stage, self.value = stage, value
+    def __init__(self, stage, value, *, only_start=False):
+        self.stage, self.value, self.only_start = stage, value, only_start
 
     def setup(self, trainer, module, stage):
         read = module.read
 
         def broken(tokens, *, mode, **rest):
             out = read(tokens, mode=mode, **rest)
-            if module.entered >= 0 and module.plan.name == self.stage and mode == "meta" and not out.loss.requires_grad:
+            here = (
+                module.entered >= 0 and module.plan.name == self.stage and not (self.only_start and trainer.global_step)
+            )
+            if here and mode == "meta" and not out.loss.requires_grad:
                 out.token_nll[:, tiny.SHORT :] = self.value
             return out
 
@@ -128,6 +132,20 @@ def test_damage_that_is_no_number_ends_the_run_before_the_stage_trains(world, tm
     assert (last.when, last.context, last.inner) == ("start", "long", "on")
     assert math.isfinite(last.inside)
     assert record.stages[1].spent.optimizer_steps == 0
+
+
+def test_damage_that_is_no_number_where_nothing_is_trained_ends_nothing(world, tmp_path, monkeypatch):
+    """A stage that trains without updates: what unprepared ones do is recorded, as null."""
+    only = ('--model.stages.B1={"enabled": true, "share": null}', "--model.stages.B2=null", "--model.stages.C=null")
+    start(monkeypatch, with_callback(BreaksReading("B1", math.nan, only_start=True)))
+    assert fit(tiny.arguments(world, tmp_path, *only, "--model.validation.every_share=0", steps=2)) == 0
+    record = read(tmp_path)
+    assert record.status == "finished"
+    found = {(each.when, each.context, each.inner): each for each in record.stages[0].damage}
+    broken = found.pop(("start", "long", "on"))
+    assert math.isfinite(broken.inside)
+    assert (broken.beyond, broken.nats) == (None, None)
+    assert all(math.isfinite(each.nats) for each in found.values())
 
 
 def test_an_evaluation_that_is_no_number_ends_the_run_before_a_resume_file_holds_it(world, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from test_continuing import run_until
 from ttt_lit import metrics
 from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.model.decoder import Decoder
+from ttt_lit.train import module as train_module
 from ttt_lit.train.run import fit
+from ttt_lit.train.teacher import make_teacher
 
 NARROW = '"enabled": true, "share": 0.4, "window_share": 0.25, "lr": 1e-3'
 TAUGHT = "--model.stages.B1={" + NARROW + ', "teacher_kl": 2.0}'
@@ -94,15 +96,27 @@ def test_it_is_no_part_of_the_run_that_is_trained_or_saved(taught):
     assert saved.keys() == dict(parts.module.model.decoder.named_parameters()).keys()
 
 
-def test_a_run_that_was_cut_off_with_a_teacher_ends_bit_for_bit_like_one_that_was_not(world, tmp_path, monkeypatch):
-    arguments = tiny.arguments
+# 5: resumed from the end of the stage with a teacher, when nobody needs it any more.
+@pytest.mark.parametrize("steps, loads", [(3, 2), (5, 1)])
+def test_a_run_that_was_cut_off_with_a_teacher_ends_bit_for_bit_like_one_that_was_not(
+    taught, world, tmp_path, monkeypatch, steps, loads
+):
+    """Whenever the teacher is read, its seconds are no training."""
+    arguments, booked = tiny.arguments, []
+
+    def noting(origin, trainer, *rest, **others):
+        ledger = trainer.lightning_module.ledger
+        booked.append((ledger.stage, ledger._account))
+        return make_teacher(origin, trainer, *rest, **others)
+
+    monkeypatch.setattr(train_module, "make_teacher", noting)
     monkeypatch.setattr(tiny, "arguments", lambda world, runs: arguments(world, runs, TAUGHT, *REST, steps=10))
-    assert fit(tiny.arguments(world, tmp_path / "whole")) == 0
-    run_until(world, tmp_path / "cut", 3)
-    assert fit(tiny.arguments(world, tmp_path / "cut")) == 0
+    run_until(world, tmp_path, steps)
+    assert fit(tiny.arguments(world, tmp_path)) == 0
+    assert booked == [("B1", "checkpoint")] * loads
     whole, cut = (
-        load_file(tmp_path / name / "tiny" / "default" / "checkpoints" / "C" / "model.safetensors")
-        for name in ("whole", "cut")
+        load_file(folder / "checkpoints" / "C" / "model.safetensors")
+        for folder in (taught[0].run.folder, tmp_path / "tiny" / "default")
     )
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 

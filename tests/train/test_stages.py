@@ -16,7 +16,7 @@ from ttt_lit.train.budget import Budget
 from ttt_lit.train.checks import check_stages
 from ttt_lit.train.evaluation import evaluation_modes
 from ttt_lit.train.optim import Group
-from ttt_lit.train.schedule import LRSchedule
+from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.train.stages import SizeConfig, StageConfig, Stages, plan_stages
 from ttt_lit.train.start import StartConfig
 from ttt_lit.ttt.inner import InnerLoop
@@ -199,6 +199,17 @@ def test_layers_to_update_mean_nothing_without_updates(mode):
         StageConfig(mode=mode, updated_layers=[0])
 
 
+@pytest.mark.parametrize("mode", ["none", "static"])
+def test_an_inner_schedule_means_nothing_without_updates(mode):
+    schedule = InnerLRSchedule(warmup_share=0.1, initial_ratio=0.1)
+    assert StageConfig(mode=mode).inner_schedule == InnerLRSchedule()
+    assert StageConfig(mode="first_order", inner_schedule=schedule).inner_schedule == schedule
+    with pytest.raises(
+        ValueError, match=f"inner_schedule .*0.1.* has no effect with mode {mode}; set inner_schedule: "
+    ):
+        StageConfig(mode=mode, inner_schedule=schedule)
+
+
 IMPORT, SCRATCH = StartConfig(init_from="."), StartConfig(init_from=".", init="scratch")
 
 
@@ -206,6 +217,8 @@ def test_what_is_new_may_have_a_rate_of_its_own():
     config = StageConfig(mode="static", lr=1e-5, new_lr=1e-3)
     assert {group: config.peak_lr(group) for group in get_args(Group)} == {"base": 1e-5, "prime": 1e-3, "sink": 1e-3}
     assert {StageConfig(lr=1e-5).peak_lr(group) for group in get_args(Group)} == {1e-5}
+    with pytest.raises(KeyError):
+        config.peak_lr("bias")
     check_stages([only(config)], SimpleNamespace(spec=tiny_spec(ttt_layer())), IMPORT, InnerLoop(), DEMO)
 
 

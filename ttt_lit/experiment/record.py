@@ -225,17 +225,18 @@ class Throughput:
 
 @dataclass(kw_only=True)
 class Damage:
-    """Loss of the stage's network minus that of the imported model on the same held-out tokens, in nats per token."""
+    """Loss of the stage's network minus that of the imported model on the same held-out tokens, in nats per token; null where it is not
+    finite."""
 
     when: Literal["start", "end"]
     """Of the stage."""
     context: Literal["short", "long"]
     inner: Literal["on", "off"]
-    inside: float
+    inside: float | None
     """Mean over the positions inside the stage's window."""
     beyond: float | None
-    """Mean over those beyond it; null where the window spans the context."""
-    nats: float
+    """Mean over those beyond it; null, too, where the window with its sinks spans the context."""
+    nats: float | None
     """Mean over all positions."""
 
 

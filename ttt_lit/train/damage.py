@@ -6,6 +6,7 @@ the two can be told apart. Few blocks suffice, since the difference is taken tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ttt_lit.metrics import Inner
-from ttt_lit.model.spec import Mode
+from ttt_lit.convert.windowed import preserves_function
+from ttt_lit.metrics import DAMAGE_PARTS, Inner
+from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.parallel import sum_over_ranks
-from ttt_lit.train.stages import Context
+from ttt_lit.train.stages import Context, StagePlan
 
 
 @torch.no_grad()
@@ -44,18 +46,22 @@ def damage_modes(modes: Mapping[Inner, Mode], *, context: int, chunk: int) -> di
     return {inner: mode for inner, mode in modes.items() if inner == "off" or chunked}
 
 
-def damage(curve: Tensor, imported: Sequence[float], *, window: int | None) -> dict[str, float | None]:
-    """``inside``, ``beyond`` and ``nats`` of the record's ``Damage``, from mean losses at each position.
+def hiding_window(plan: StagePlan, imported: ModelSpec, *, context: int) -> int | None:
+    """The stage's window, or None where it hides nothing on that many tokens: alone, or together with its sinks, it spans them."""
+    return None if preserves_function(imported, plan.network(imported), context) else plan.window
 
-    ``window``: tokens that the stage's narrowed layers see; None, or one that spans the context, leaves nothing beyond.
+
+def damage(curve: Tensor, imported: Sequence[float], *, window: int | None) -> dict[str, float | None]:
+    """``inside``, ``beyond`` and ``nats`` of the record's ``Damage``, from mean losses at each position; None for one that is not finite.
+
+    ``window``: positions before which the stage's layers see all that the imported model's see; None leaves nothing beyond.
     """
     difference = curve - torch.tensor(imported, dtype=torch.float64)
-    spans = window is None or window >= len(difference)
-    return {
-        "inside": float(difference[:window].mean()),
-        "beyond": None if spans else float(difference[window:].mean()),
-        "nats": float(difference.mean()),
-    }
+    parts = {"inside": difference[:window], "nats": difference} | (
+        {} if window is None else {"beyond": difference[window:]}
+    )
+    means = {name: float(part.mean()) for name, part in parts.items()}
+    return {name: mean if math.isfinite(mean := means.get(name, math.nan)) else None for name in DAMAGE_PARTS}
 
 
 def describe(entries: Sequence[dict[str, Any]], inner: Inner) -> str:
@@ -64,9 +70,10 @@ def describe(entries: Sequence[dict[str, Any]], inner: Inner) -> str:
     said = []
     for context in dict.fromkeys(context for context, _ in found):
         start, end = found[context, "start"], found[context, "end"]
-        if end["beyond"] is None:
-            said.append(f"{context} {start['nats']:+.3f} → {end['nats']:+.3f}")
-            continue
-        inside, beyond = (f"{start[part]:+.3f} → {end[part]:+.3f}" for part in ("inside", "beyond"))
-        said.append(f"{context} {inside} inside the window, {beyond} beyond it")
+        inside, beyond, nats = (
+            " → ".join("not finite" if each[part] is None else f"{each[part]:+.3f}" for each in (start, end))
+            for part in DAMAGE_PARTS
+        )
+        spans = start["beyond"] is None and end["beyond"] is None
+        said.append(f"{context} {nats}" if spans else f"{context} {inside} inside the window, {beyond} beyond it")
     return "; ".join(said)

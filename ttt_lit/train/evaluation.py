@@ -111,6 +111,11 @@ def evaluation_modes(training: Mode, *, has_inner_loop: bool) -> dict[Inner, Mod
     return {"off": off, "on": "meta"} if has_inner_loop else {"off": off}
 
 
+def trained_inner(training: Mode) -> Inner:
+    """The setting of the inner loop that a mode trains the network in."""
+    return "on" if training in ("meta", "first_order") else "off"
+
+
 def headline_inner(config: ValidationConfig, last: Mode, *, can_update: bool) -> Inner:
     """Which loss of the last stage, trained in mode ``last``, speaks for the run.
 
@@ -118,7 +123,7 @@ def headline_inner(config: ValidationConfig, last: Mode, *, can_update: bool) ->
         ValueError: updates are asked of a model that has nothing to update.
     """
     if config.headline == "as_trained":
-        return "on" if last in ("meta", "first_order") else "off"
+        return trained_inner(last)
     if config.headline == "with_updates" and not can_update:
         raise ValueError("validation.headline: with_updates needs TTT layers; set model.ttt or choose as_trained")
     return "on" if config.headline == "with_updates" else "off"

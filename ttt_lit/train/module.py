@@ -194,9 +194,12 @@ class TTTModule(L.LightningModule):
         self.entered = index
         if not plan.config.teacher_kl:
             self._teacher = []
-        elif not self._teacher and self.trainer.state.fn == "fit":
+        elif (
+            not self._teacher and self.ledger.stage == plan.name
+        ):  # trained on: not validated, and not over when a run was resumed
             origin, mesh = self.start.origin, data_mesh(self)
-            self._teacher = [make_teacher(origin, self.trainer, mesh, compiled=self.engine.compile)]
+            with self.ledger.account("checkpoint"):
+                self._teacher = [make_teacher(origin, self.trainer, mesh, compiled=self.engine.compile)]
 
     @property
     def at_boundary(self) -> bool:
@@ -315,7 +318,7 @@ class TTTModule(L.LightningModule):
 
     @property
     def damage_contexts(self) -> tuple[Context, ...]:
-        """On which damage is measured, if the run starts from a model as imported: the short one where it has short documents."""
+        """Where damage is measured: nowhere unless the run starts from a model as imported; on short blocks if it has short documents."""
         if not (self.validation.damage_blocks and self.start.origin.as_imported):
             return ()
         return ("short", "long") if self.datamodule.folders["short"] is not None else ("long",)

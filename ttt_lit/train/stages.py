@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ttt_lit.convert.windowed import windowed
 from ttt_lit.model.spec import Mode, ModelSpec
 from ttt_lit.train.budget import Budget, StageBudget, split_budget
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
+
+if TYPE_CHECKING:  # torch stands behind it
+    from ttt_lit.train.optim import Group
 
 Context = Literal["short", "long"]
 
@@ -54,7 +57,7 @@ class StageConfig:
     schedule: LRSchedule = field(default_factory=lambda: LRSchedule(warmup_share=0.1))
     """Outer learning rate over the share of the stage's budget that is spent."""
     inner_schedule: InnerLRSchedule = field(default_factory=InnerLRSchedule)
-    """Inner learning rate over the share of the stage's budget that is spent."""
+    """Inner learning rate over the share of the stage's budget that is spent. For modes that update."""
 
     def __post_init__(self) -> None:
         if not 0 < self.window_share <= 1:
@@ -62,6 +65,11 @@ class StageConfig:
         if self.updated_layers is not None and self.mode not in ("meta", "first_order"):
             raise ValueError(
                 f"stages: updated_layers {self.updated_layers} has no effect with mode {self.mode}; remove it, or set mode meta"
+            )
+        if self.inner_schedule != InnerLRSchedule() and self.mode not in ("meta", "first_order"):
+            raise ValueError(
+                f"stages: inner_schedule {dataclasses.asdict(self.inner_schedule)} has no effect with mode {self.mode}; set "
+                "inner_schedule: {warmup_share: 0.0, initial_ratio: 0.0}, or mode meta"
             )
         if not self.teacher_kl >= 0 or self.teacher_kl == float("inf"):
             raise ValueError(f"stages: teacher_kl: got {self.teacher_kl}, expected a weight of 0 (no teacher) or more")
@@ -79,9 +87,11 @@ class StageConfig:
                 f"stages: got lr {self.lr} and new_lr {self.new_lr}, expected lr > 0 and new_lr >= 0 or null"
             )
 
-    def peak_lr(self, group: str) -> float:
+    def peak_lr(self, group: Group) -> float:
         """Peak outer learning rate of a group of the optimiser."""
-        return self.lr if group == "base" or self.new_lr is None else self.new_lr
+        new = self.lr if self.new_lr is None else self.new_lr
+        rates: dict[Group, float] = {"base": self.lr, "prime": new, "sink": new}
+        return rates[group]
 
 
 @dataclass(frozen=True, kw_only=True)
