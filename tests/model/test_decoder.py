@@ -67,7 +67,10 @@ def test_windows_and_bases_may_change_in_place_without_touching_a_tensor(spec, d
     pointers = {name: p.data_ptr() for name, p in decoder.named_parameters()}
     drawn = [data.draw(layer_specs(ttt=False)) for _ in spec.layers]
     changed = spec.with_layers(
-        tuple(dataclasses.replace(new, prime=old.prime) for new, old in zip(drawn, spec.layers, strict=True))
+        tuple(
+            dataclasses.replace(new, prime=old.prime, sink_logit=old.sink_logit)
+            for new, old in zip(drawn, spec.layers, strict=True)
+        )
     )
     decoder.set_spec(changed)
     assert {name: p.data_ptr() for name, p in decoder.named_parameters()} == pointers
