@@ -27,6 +27,7 @@ from ttt_lit.probe.config import ProbeConfig, layer_policy, make_plan
 from ttt_lit.train.arguments import errors_of
 from ttt_lit.train.ceiling import read_ceiling
 from ttt_lit.train.evaluation import ValidationConfig
+from ttt_lit.train.origin import origin_of_checkpoint
 from ttt_lit.ttt.naive import sequence_nll_naive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -313,8 +314,9 @@ def test_a_run_takes_the_overlay_s_ceiling_and_a_shorter_probe_has_none(world, p
     data = TokenDataModule(long=str(world / "long"))
     data.setup()
     spec = windowed(tiny_spec(*(LayerSpec(),) * 4), 8)
+    origin = origin_of_checkpoint(world / "checkpoint")
     given = yaml.safe_load((probed[0] / "probe.yaml").read_text())["model"]["validation"]["probe"]
-    ceilings = read_ceiling(ValidationConfig(probe=given), data, spec)
+    ceilings = read_ceiling(ValidationConfig(probe=given), data, origin, spec)
     assert [(each["window"], each["nats"]) for each in ceilings] == [
         (each["window"], each["nats"]) for each in probed[1]["ceiling"]
     ]
@@ -326,7 +328,7 @@ def test_a_run_takes_the_overlay_s_ceiling_and_a_shorter_probe_has_none(world, p
         in text
     )
     with pytest.raises(ValueError, match="context: got 16, expected 32"):
-        read_ceiling(ValidationConfig(probe=str(tmp_path / "short" / "probe.json")), data, spec)
+        read_ceiling(ValidationConfig(probe=str(tmp_path / "short" / "probe.json")), data, origin, spec)
 
 
 def test_a_chunk_that_nothing_was_measured_with_blocks_no_continuation(world, tmp_path):

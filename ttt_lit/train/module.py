@@ -319,7 +319,8 @@ class TTTModule(L.LightningModule):
     @property
     def damage_contexts(self) -> tuple[Context, ...]:
         """Where damage is measured: nowhere unless the run starts from a model as imported; on short blocks if it has short documents."""
-        if not (self.validation.damage_blocks and self.start.origin.as_imported):
+        origin = self.start.origin
+        if not (self.validation.damage_blocks and origin.checkpoint is not None and origin.as_imported):
             return ()
         return ("short", "long") if self.datamodule.folders["short"] is not None else ("long",)
 

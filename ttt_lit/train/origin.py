@@ -42,9 +42,9 @@ class Origin:
 
     @property
     def as_imported(self) -> bool:
-        """Whether these are an imported model's weights and attention, to which no training run has done anything since: what damage is
-        measured against, and what may teach."""
-        return self.checkpoint is not None and (not self.lineage or self.lineage[-1].operation != "fit")
+        """Whether no training run has done anything to these weights and their attention since the import: what damage is measured
+        against, and what may teach, where there are weights."""
+        return not self.lineage or self.lineage[-1].operation != "fit"
 
     def shape_only(self) -> Origin:
         """The same network without weights, history and what runs have added: what a run from random weights starts from."""
