@@ -62,7 +62,7 @@ def _import(arguments: list[str]) -> int:
 
     trained_by = None
     if given.trained_by is not None:
-        from ttt_lit.experiment.record import RunRecord
+        from ttt_lit.record.schema import RunRecord
 
         trained_by = RunRecord.read(Path(given.trained_by)).trained_by()
     import_checkpoint(given.source, given.output, allow=given.allow, parity=given.parity, trained_by=trained_by)
@@ -158,7 +158,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--output", help="folder for plan.md")
     given, others = parser.parse_known_args(arguments)
     _refuse_malicious_lightning()
-    from ttt_lit.experiment.plan import PlanOptions, plan
+    from ttt_lit.plan.plan import PlanOptions, plan
 
     plan(others, PlanOptions(**vars(given)))
     return 0
@@ -197,13 +197,13 @@ def _matrix(arguments: list[str]) -> int:
     ignored = [key for key, value in given.items() if value != parser.get_default(key)]
     if ignored and not dry_run:
         parser.error(f"--{ignored[0].replace('_', '-')} is for the planner: add --dry-run, or leave it out")
-    from ttt_lit.experiment.launch.command import LaunchOptions, launch_matrix
+    from ttt_lit.launch.command import LaunchOptions, launch_matrix
 
     options = LaunchOptions(**launched)
     _refuse_malicious_lightning()
     if dry_run:
-        from ttt_lit.experiment.launch.dry_run import dry_run as print_plans
-        from ttt_lit.experiment.plan import PlanOptions
+        from ttt_lit.launch.dry_run import dry_run as print_plans
+        from ttt_lit.plan.plan import PlanOptions
 
         return print_plans(options, PlanOptions(**given))
     program = (sys.executable, str(Path(__file__).resolve()))
@@ -283,12 +283,13 @@ def _report(arguments: list[str]) -> int:
     )
     parser.add_argument("--output", help="folder for report.html, report.md, three sheets (CSV) and figures/")
     given = parser.parse_args(arguments)
-    from ttt_lit.experiment.report import console, read_records
+    from ttt_lit.report.collect import read_records
+    from ttt_lit.report.console import console
 
     found = read_records(given.runs)
     print(console(found.records, unreadable=found.unreadable))
     if given.output is not None:
-        from ttt_lit.experiment.page import write_report
+        from ttt_lit.report.write import write_report
 
         command = shlex.join(["python", "cli.py", "report", *arguments])
         page = write_report(found.records, Path(given.output), command=command, unreadable=found.unreadable)

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.experiment.launch.progress import Progress
+from ttt_lit.launch.progress import Progress
 from ttt_lit.train.module import TTTModule
 
 

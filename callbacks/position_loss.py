@@ -9,12 +9,12 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ttt_lit import metrics
-from ttt_lit.experiment.figures import Curve, save_position_figure
-from ttt_lit.metrics import Inner
+from ttt_lit.metrics import Inner, position_buckets
+from ttt_lit.report.position_loss import Curve, save_position_figure
 from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.evaluation import validation_entry
 from ttt_lit.train.module import TTTModule
-from ttt_lit.train.position import PositionResult, bucket_means, position_buckets
+from ttt_lit.train.position import PositionResult, bucket_means
 
 
 class PositionLossLogger(L.Callback):

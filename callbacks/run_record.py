@@ -16,13 +16,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ttt_lit.experiment import record as schema
-from ttt_lit.experiment.strict_json import NotFinite
+from ttt_lit.metrics import position_buckets
 from ttt_lit.ops.attention import kernels_that_ran
+from ttt_lit.record import schema as schema
+from ttt_lit.record.codec import NotFinite
 from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import parents
-from ttt_lit.train.position import bucket_means, position_buckets
+from ttt_lit.train.position import bucket_means
 from ttt_lit.train.stages import StagePlan
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "litdata", "safetensors", "numpy")

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from helpers.demo_record import demo
 from hypothesis import settings
 
 # The same examples on every machine, and no database beside the tests: a red test is red for everybody.
@@ -53,3 +54,9 @@ def _nothing_left_behind():
         _restore(before)
         names = sorted(dict(before["environment"].items() ^ after["environment"].items()))
         pytest.fail(f"the test leaks: {', '.join(leaked)} {names or ''}")
+
+
+@pytest.fixture
+def make_record():
+    """A function that makes a finished run of two stages: B1 (sliding window) and C (TTT)."""
+    return demo

@@ -10,9 +10,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from ttt_lit.experiment.matrix import expand
-from ttt_lit.experiment.matrix_file import read_matrix
 from ttt_lit.families import family_of_config
+from ttt_lit.launch.matrix import expand
+from ttt_lit.launch.matrix_file import read_matrix
 from ttt_lit.train.run import assemble
 from ttt_lit.train.run_config import Role
 from ttt_lit.train.schedule import InnerLRSchedule

@@ -13,65 +13,50 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("ttt_lit", "callbacks", "cli")
 
+BELOW_TRAIN = (
+    *("record", "ops", "model", "ttt", "families", "checkpoint", "convert", "data"),
+    *("metrics", "identity", "strict_yaml"),
+)
 # Longest prefix wins. A module may import what starts with one of the listed names (inside the project).
 MAY_IMPORT = {
     "ttt_lit": (),
-    "ttt_lit.metrics": (),
-    "ttt_lit.identity": (),
-    "ttt_lit.tokenizer_json": (),
-    "ttt_lit.strict_yaml": (),
+    **{f"ttt_lit.{name}": () for name in ("metrics", "identity", "tokenizer_json", "strict_yaml")},
+    # What a run writes down, what runs decide, the page: no torch.
+    "ttt_lit.record": ("ttt_lit.record",),
+    "ttt_lit.verdict": ("ttt_lit.record", "ttt_lit.verdict", "ttt_lit.train.divergence"),
+    "ttt_lit.report": ("ttt_lit.record", "ttt_lit.verdict", "ttt_lit.report", "ttt_lit.metrics"),
+    # The network and the method.
     "ttt_lit.ops": ("ttt_lit.ops",),
     "ttt_lit.model": ("ttt_lit.ops", "ttt_lit.model"),
     "ttt_lit.model.spec": (),
-    "ttt_lit.model.flops": ("ttt_lit.model.spec",),
     "ttt_lit.ttt": ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt"),
+    "ttt_lit.ttt.flops": ("ttt_lit.model.spec",),
     "ttt_lit.families": ("ttt_lit.model.spec", "ttt_lit.families"),
     "ttt_lit.checkpoint": (
         *(f"ttt_lit.{name}" for name in ("families", "model", "checkpoint", "identity", "tokenizer_json")),
     ),
     "ttt_lit.convert": ("ttt_lit.checkpoint", "ttt_lit.families", "ttt_lit.model", "ttt_lit.convert"),
     "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity", "ttt_lit.tokenizer_json"),
-    "ttt_lit.train": (
-        *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
-        *(f"ttt_lit.{name}" for name in ("metrics", "identity", "strict_yaml", "train")),
+    "ttt_lit.train": (*(f"ttt_lit.{name}" for name in (*BELOW_TRAIN, "train")),),
+    "ttt_lit.plan": (
+        *(f"ttt_lit.{name}" for name in (*BELOW_TRAIN, "train", "plan")),
+        *("ttt_lit.verdict.formats", "ttt_lit.report.table"),
     ),
-    "ttt_lit.experiment": (
-        *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
-        *(f"ttt_lit.{name}" for name in ("metrics", "strict_yaml", "train", "experiment")),
-    ),
-    "ttt_lit.experiment.record": ("ttt_lit.experiment.strict_json", "ttt_lit.train.status"),
-    "ttt_lit.experiment.strict_json": (),
-    "ttt_lit.experiment.matrix_settings": ("ttt_lit.strict_yaml",),
-    "ttt_lit.experiment.matrix_file": ("ttt_lit.experiment.matrix_settings", "ttt_lit.strict_yaml"),
-    "ttt_lit.experiment.matrix": ("ttt_lit.experiment.matrix_file", "ttt_lit.experiment.matrix_settings"),
     # A launcher starts at once: it reads files, and leaves training to the processes that it starts.
-    "ttt_lit.experiment.launch": (
-        "ttt_lit.train.lock",
-        "ttt_lit.train.status",
-        *(f"ttt_lit.experiment.{name}" for name in ("launch", "matrix", "matrix_file", "record")),
-    ),
-    "ttt_lit.experiment.launch.dry_run": ("ttt_lit.experiment", "ttt_lit.train"),
-    "ttt_lit.probe": (
-        *(f"ttt_lit.{name}" for name in ("ops", "model", "ttt", "families", "checkpoint", "convert", "data")),
-        *(f"ttt_lit.{name}" for name in ("metrics", "train", "experiment", "probe")),
-    ),
+    "ttt_lit.launch": ("ttt_lit.record", "ttt_lit.strict_yaml", "ttt_lit.train.lock", "ttt_lit.launch"),
+    "ttt_lit.launch.dry_run": ("ttt_lit.record", "ttt_lit.train", "ttt_lit.plan", "ttt_lit.launch"),
+    "ttt_lit.probe": (*(f"ttt_lit.{name}" for name in (*BELOW_TRAIN, "train", "verdict", "report.drawing", "probe")),),
     "callbacks": ("ttt_lit",),
     "cli": ("ttt_lit",),
 }
 STANDARD_LIBRARY_ONLY = (
-    "ttt_lit.metrics",
-    "ttt_lit.identity",
-    "ttt_lit.tokenizer_json",
-    "ttt_lit.model.spec",
-    "ttt_lit.model.flops",
-    "ttt_lit.experiment.strict_json",
-    "ttt_lit.experiment.record",
-    "ttt_lit.experiment.findings",
-    "ttt_lit.experiment.report",
-    *(f"ttt_lit.experiment.launch.{name}" for name in ("progress", "folder", "slurm_job")),
-    "ttt_lit.train.lock",
-    *(f"ttt_lit.train.{name}" for name in ("budget", "ledger", "schedule", "divergence", "status")),
+    *(f"ttt_lit.{name}" for name in ("metrics", "identity", "tokenizer_json", "model.spec", "ttt.flops", "record")),
+    *(f"ttt_lit.report.{name}" for name in ("collect", "console", "decision", "table")),
+    *(f"ttt_lit.launch.{name}" for name in ("progress", "folder", "slurm_job")),
+    "ttt_lit.verdict.findings",
+    *(f"ttt_lit.train.{name}" for name in ("lock", "budget", "ledger", "schedule", "divergence")),
 )
+NO_TORCH = ("ttt_lit.record", "ttt_lit.verdict", "ttt_lit.report")
 TORCH_ONLY = ("ttt_lit.ops", "ttt_lit.model", "ttt_lit.ttt")
 # Found at run time, so imported inside a function.
 OPTIONAL = ("flash_attn",)
@@ -151,6 +136,8 @@ def _check_outside(module: str, item: Import) -> str | None:
         return None
     if within(module, STANDARD_LIBRARY_ONLY):
         return "standard library only"
+    if within(module, NO_TORCH) and top in ("torch", "lightning", "transformers"):
+        return "no torch where runs are judged"
     if top in OPTIONAL and item.in_function:
         return None
     if top == "triton" and module in TRITON:
@@ -259,15 +246,16 @@ SPEC = {"ttt_lit.model.spec": ""}
         ({"ttt_lit.ops.a": "from ..model.spec import ModelSpec", **SPEC}, "layer below"),
         ({"ttt_lit.model.__init__": "from ..train import run", "ttt_lit.train.run": ""}, "layer below"),
         ({"ttt_lit.model.spec": "import torch"}, "standard library only"),
-        ({"ttt_lit.experiment.record": "import ttt_lit.metrics", "ttt_lit.metrics": ""}, "layer below"),
+        ({"ttt_lit.record.schema": "import ttt_lit.metrics", "ttt_lit.metrics": ""}, "layer below"),
         ({"ttt_lit.families.a": "import ttt_lit.model.decoder", "ttt_lit.model.decoder": ""}, "layer below"),
         ({"ttt_lit.data.a": "from ttt_lit.model.spec import ModelSpec", **SPEC}, "layer below"),
-        ({"ttt_lit.train.a": "import ttt_lit.experiment.record", "ttt_lit.experiment.record": ""}, "layer below"),
+        ({"ttt_lit.train.a": "import ttt_lit.verdict.gates", "ttt_lit.verdict.gates": ""}, "layer below"),
+        ({"ttt_lit.verdict.a": "import torch"}, "no torch"),
         ({"ttt_lit.train.a": "import callbacks.b", "callbacks.b": ""}, "named in YAML"),
         ({"callbacks.a": "import callbacks.b", "callbacks.b": ""}, "named in YAML"),
         ({"ttt_lit.train.a": "from cli import main", "cli": ""}, "command line"),
         ({"ttt_lit.data.prepare": "import lightning as L"}, "lightning belongs"),
-        ({"ttt_lit.experiment.a": "def f():\n    from lightning.pytorch import Trainer"}, "lightning belongs"),
+        ({"ttt_lit.launch.a": "def f():\n    from lightning.pytorch import Trainer"}, "lightning belongs"),
         ({"ttt_lit.train.a": "def f():\n    import ttt_lit.model.spec", **SPEC}, "top of the file"),
         ({"ttt_lit.train.a": "from transformers import AutoModelForCausalLM"}, "model classes"),
         ({"ttt_lit.train.a": "from transformers.models.qwen2.modeling_qwen2 import x"}, "model classes"),
@@ -285,7 +273,7 @@ def test_a_planted_violation_is_found(sources, message):
     "sources",
     [
         {"cli": "def f():\n    from ttt_lit.model import spec\n    import lightning", **SPEC},
-        {"callbacks.a": "import lightning\nfrom ttt_lit.experiment.record import R", "ttt_lit.experiment.record": ""},
+        {"callbacks.a": "import lightning\nfrom ttt_lit.record.schema import R", "ttt_lit.record.schema": ""},
         {"ttt_lit.ops.a": "def f():\n    import flash_attn"},
         {"ttt_lit.checkpoint.parity": "from transformers import AutoModelForCausalLM"},
         {"ttt_lit.data.prepare": "from transformers import AutoTokenizer, PretrainedConfig"},
@@ -305,9 +293,9 @@ def test_what_is_allowed_passes(sources):
     "module",
     [
         "ttt_lit.model.spec",
-        "ttt_lit.model.flops",
-        "ttt_lit.experiment.report",
-        "ttt_lit.experiment.gates",
+        "ttt_lit.ttt.flops",
+        "ttt_lit.report.write",
+        "ttt_lit.verdict.gates",
         "ttt_lit.train.ledger",
     ],
 )

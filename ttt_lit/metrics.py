@@ -135,3 +135,21 @@ def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
             ],
         },
     }
+
+
+# The first bucket is 1/128 of the context and the others grow by sqrt(2): 15 buckets, edges at a half, a quarter, …
+_FIRST_SHARE = 128
+_LOG_BUCKETS = 14
+
+
+def position_buckets(context: int) -> list[tuple[int, int]]:
+    """Log-spaced ranges ``(start, stop)`` that cover 0 … context without gaps: 8 to 15 for a context of at least 16.
+
+    Edges fall on context/2, context/4, … where these are whole, so a window of a quarter of the context ends a bucket.
+    """
+    if context < 1:
+        raise ValueError(f"position_buckets: got context {context}, expected at least 1 token")
+    first = max(1, context // _FIRST_SHARE)
+    ratio = (context / first) ** (1 / _LOG_BUCKETS)
+    edges = sorted({0, context} | {round(first * ratio**index) for index in range(_LOG_BUCKETS)})
+    return list(zip(edges[:-1], edges[1:], strict=True))

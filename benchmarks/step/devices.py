@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_lit.train.live_bytes import LiveBytes
+from ttt_lit.plan.live_bytes import LiveBytes
 
 
 class Cpu:

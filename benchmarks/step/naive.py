@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from ttt_lit.model.attention import Attention
 from ttt_lit.model.block import Block
 from ttt_lit.model.decoder import Decoder
-from ttt_lit.model.flops import forward_flops, key_count
 from ttt_lit.model.mlp import MLPWeights, activate
 from ttt_lit.model.rope import rotate
 from ttt_lit.model.spec import LayerSpec, ModelSpec
+from ttt_lit.ttt.flops import forward_flops, key_count
 
 Fast = dict[int, MLPWeights]
 """TTT layer → one copy of its fast weights for every sequence, (B, F, D) and (B, D, F)."""
@@ -58,7 +58,7 @@ def naive_loss(
 
 
 def naive_flops(spec: ModelSpec, *, context: int, chunk: int, recompute: bool) -> float:
-    """Operations per token in matrix products, by the counting rules of ``ttt_lit/model/flops.py``.
+    """Operations per token in matrix products, by the counting rules of ``ttt_lit/ttt/flops.py``.
 
     In units of a part's forward: 3 where no inner gradient passes, 6 for a map with slow weights and 9 for fast weights and for products
     of queries with keys. Gate and up of the lowest fast MLP have an input that learns nothing: 6. Running again adds the forward and the

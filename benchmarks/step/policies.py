@@ -8,7 +8,7 @@ from typing import Any
 from step.arms import POLICIES, SEARCHED, Arm
 from step.bench import Bench
 from step.naive import naive_flops
-from ttt_lit.model.flops import chunks_kept, product_numbers, training_flops
+from ttt_lit.ttt.flops import chunks_kept, product_numbers, training_flops
 from ttt_lit.ttt.settings import EngineConfig
 
 

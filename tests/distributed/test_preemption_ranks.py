@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fit"))
 
 import tiny
 
-from ttt_lit.experiment.record import RunRecord
+from ttt_lit.record.schema import RunRecord
 
 pytestmark = pytest.mark.ranks
 

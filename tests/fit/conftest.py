@@ -4,7 +4,7 @@ import pytest
 import tiny
 from fitting import Shapes, run
 
-from ttt_lit.experiment.record import RunRecord
+from ttt_lit.record.schema import RunRecord
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import damage_log, start_validation
 from ttt_lit import metrics
 from ttt_lit.checkpoint.store import load_checkpoint
-from ttt_lit.experiment.record import RunRecord
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import LayerSpec
+from ttt_lit.record.schema import RunRecord
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.damage import damage, damage_modes, describe, hiding_window, position_curves
 from ttt_lit.train.run import assemble

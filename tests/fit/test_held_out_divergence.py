@@ -15,7 +15,7 @@ from callbacks import stage_transition
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.start_validation import StartValidation
 from ttt_lit.checkpoint.store import load_checkpoint, save_checkpoint
-from ttt_lit.experiment.record import RunRecord
+from ttt_lit.record.schema import RunRecord
 from ttt_lit.train import run as run_module
 from ttt_lit.train import transition
 from ttt_lit.train.divergence import Diverged

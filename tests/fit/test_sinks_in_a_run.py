@@ -5,7 +5,7 @@ import torch
 from fitting import run
 
 from ttt_lit.checkpoint.store import load_checkpoint
-from ttt_lit.experiment.record import RunRecord
+from ttt_lit.record.schema import RunRecord
 
 SIZE = ("--model.size.sink_tokens=2", "--model.size.full_attention_layers=[1]")
 B1 = '--model.stages.B1={"enabled": true, "share": 0.3, "window_share": 0.25}'

@@ -1,1 +1,1 @@
-from ttt_lit.train.live_bytes import LiveBytes  # noqa: F401
+from ttt_lit.plan.live_bytes import LiveBytes  # noqa: F401

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lit.train.position import PositionLoss, block_ids, bucket_means, deciles, position_buckets
+from ttt_lit.metrics import position_buckets
+from ttt_lit.train.position import PositionLoss, block_ids, bucket_means, deciles
 
 ALL_LOSSES = torch.arange(12.0).view(3, 4)
 NUM_BYTES = torch.tensor([3, 2, 4])

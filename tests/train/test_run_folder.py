@@ -6,9 +6,9 @@ import json
 import pytest
 import yaml
 
+from ttt_lit.record.status import STATUSES
 from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.train.run_folder import begun_config, claimed, differences, has_ended, is_finished
-from ttt_lit.train.status import STATUSES
 
 CONFIG = {
     "run": {"id": "x", "root": "runs"},

@@ -11,7 +11,6 @@ import torch
 
 from ttt_lit.convert.fast_mlp import TTTConfig
 from ttt_lit.data.stream import TokenDataModule
-from ttt_lit.experiment.drawing import png_bytes, replace_file
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.probe.blocks import held_out_blocks
 from ttt_lit.probe.config import (
@@ -29,6 +28,7 @@ from ttt_lit.probe.report import markdown, overlay, unfinished
 from ttt_lit.probe.rows import Key, Rows
 from ttt_lit.probe.summary import summarise
 from ttt_lit.probe.tasks import Task, Tasks, Values
+from ttt_lit.report.drawing import png_bytes, replace_file
 from ttt_lit.train.origin import origin_of_checkpoint
 from ttt_lit.train.parallel import fill
 from ttt_lit.train.start import Start, StartConfig, resolve_start

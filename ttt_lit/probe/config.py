@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from ttt_lit.convert.fast_mlp import LayerPolicy
-from ttt_lit.experiment.statistics import MIN_DOCUMENTS
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.ttt.inner import InnerLoop
+from ttt_lit.verdict.statistics import MIN_DOCUMENTS
 
 Precision = Literal["32-true", "bf16-mixed"]
 

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ttt_lit.experiment.drawing import BLUE, GREEN, PURPLE, VERMILION, new_figure, plain_axes
-from ttt_lit.experiment.formats import counted
-from ttt_lit.experiment.gates import MAX_DELTA
-from ttt_lit.experiment.own_part import MIN_CEILING
+from ttt_lit.report.drawing import BLUE, GREEN, PURPLE, VERMILION, new_figure, plain_axes
+from ttt_lit.verdict.formats import counted
+from ttt_lit.verdict.gates import MAX_DELTA
+from ttt_lit.verdict.own_part import MIN_CEILING
 
 
 def picture(probe: Mapping[str, Any]) -> Figure:

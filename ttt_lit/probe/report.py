@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ttt_lit.experiment.formats import NONE, change, counted
-from ttt_lit.experiment.gates import MAX_DELTA
-from ttt_lit.experiment.own_part import MIN_CEILING
-from ttt_lit.experiment.statistics import MIN_DOCUMENTS
 from ttt_lit.probe.summary import WORTH_KEEPING
+from ttt_lit.verdict.formats import NONE, change, counted
+from ttt_lit.verdict.gates import MAX_DELTA
+from ttt_lit.verdict.own_part import MIN_CEILING
+from ttt_lit.verdict.statistics import MIN_DOCUMENTS
 
 Probe = Mapping[str, Any]
 BLOCK = "per token of the whole block"

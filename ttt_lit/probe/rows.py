@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ttt_lit.experiment.statistics import Interval, mean_interval
+from ttt_lit.verdict.statistics import Interval, mean_interval
 
 Key = tuple[str | int | float | None, ...]
 """What was measured: its name and settings.

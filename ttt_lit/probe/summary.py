@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ttt_lit.experiment.gates import MAX_DELTA
-from ttt_lit.experiment.own_part import MIN_CEILING, excludes_none
-from ttt_lit.experiment.record import Ceiling
 from ttt_lit.probe.config import Plan, curve_buckets
 from ttt_lit.probe.rows import IMPORTED, Key, Rows, common_blocks
+from ttt_lit.record.schema import Ceiling
+from ttt_lit.verdict.gates import MAX_DELTA
+from ttt_lit.verdict.own_part import MIN_CEILING, excludes_none
 
 WORTH_KEEPING = 0.1
 """Nats per token beyond the window that sinks leave on top of what the lost context is worth, above which layers are recommended to be

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ttt_lit.metrics import Inner
+from ttt_lit.metrics import Inner, position_buckets
 from ttt_lit.model.spec import Mode
-from ttt_lit.train.position import PositionLoss, PositionResult, bucket_means, position_buckets
+from ttt_lit.train.position import PositionLoss, PositionResult, bucket_means
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-# The first bucket is 1/128 of the context and the others grow by sqrt(2): 15 buckets, edges at a half, a quarter, …
-_FIRST_SHARE = 128
-_LOG_BUCKETS = 14
-
-
 DECILES = 10
 _ID_BITS = 48  # exact in float64, in which ranks exchange their rows
 
@@ -138,19 +133,6 @@ def deciles(context: int) -> list[tuple[int, int]]:
     """Ten equal ranges ``(start, stop)`` of positions, as equal as whole numbers allow; a context below 10 repeats positions."""
     edges = [context * part // DECILES for part in range(DECILES + 1)]
     return [(start, max(stop, start + 1)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-
-
-def position_buckets(context: int) -> list[tuple[int, int]]:
-    """Log-spaced ranges ``(start, stop)`` that cover 0 … context without gaps: 8 to 15 for a context of at least 16.
-
-    Edges fall on context/2, context/4, … where these are whole, so a window of a quarter of the context ends a bucket.
-    """
-    if context < 1:
-        raise ValueError(f"position_buckets: got context {context}, expected at least 1 token")
-    first = max(1, context // _FIRST_SHARE)
-    ratio = (context / first) ** (1 / _LOG_BUCKETS)
-    edges = sorted({0, context} | {round(first * ratio**index) for index in range(_LOG_BUCKETS)})
-    return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def bucket_means(curve: Tensor, buckets: Sequence[tuple[int, int]]) -> list[float]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from ttt_lit.record.status import ENDED, STATUSES
 from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
-from ttt_lit.train.status import ENDED, STATUSES
 
 CONFIG_NAME, RECORD_NAME = "config.yaml", "record.json"
 

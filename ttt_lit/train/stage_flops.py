@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ttt_lit.model.flops import FlopCount, chunks_kept, training_flops
 from ttt_lit.model.spec import ModelSpec
 from ttt_lit.train.stages import StagePlan
+from ttt_lit.ttt.flops import FlopCount, chunks_kept, training_flops
 from ttt_lit.ttt.settings import EngineConfig
 
 

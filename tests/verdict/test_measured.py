@@ -1,0 +1,98 @@
+"""What the report says was measured: hours of finished runs only, no interval where there is none, and what is in the times."""
+
+import pytest
+from helpers.records import run
+
+from ttt_lit.record.schema import Environment, Parent
+from ttt_lit.verdict.comparison import compare_all, flags
+from ttt_lit.verdict.formats import NONE, interval_text, nats
+from ttt_lit.verdict.gates import judge_candidates
+from ttt_lit.verdict.measured import budgets, measured
+from ttt_lit.verdict.study import read_study
+
+FREE = [Parent(name="pretraining", gpu_seconds=0.0)]
+MANY = [f"{number:03}" for number in range(32)]
+
+
+def said(records, tell=measured):
+    (family,) = read_study(records).families.values()
+    differences = {arm.name: compare_all(family, arm, resamples=100) for arm in family.arms}
+    return tell(family, judge_candidates(family, resamples=100), differences)
+
+
+def sentences(records):
+    (only,) = said(records)
+    return " ".join(only.sentences)
+
+
+def baseline(losses=MANY, **fields):
+    return run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(losses, 3.0), **fields)
+
+
+def bridge(losses=MANY, **fields):
+    return run("q_p1_bridge", "bridge", dict.fromkeys(losses, 2.9), **({"parents": FREE} | fields))
+
+
+@pytest.mark.parametrize(
+    "status_of_baseline, status_of_bridge, share",
+    [("finished", "finished", "0.350"), ("running", "finished", NONE), ("finished", "running", NONE)],
+)
+def test_hours_are_compared_only_where_both_runs_are_finished(status_of_baseline, status_of_bridge, share):
+    """A baseline that has run for 10 of its 100 hours would make every budget look ten times as dear."""
+    half = bridge(share=0.35, hours=35.0, run_id="t", status=status_of_bridge)
+    (budget,) = said([baseline(status=status_of_baseline), bridge(), half], budgets)
+    assert budget.shares == (share, share)
+
+
+def test_one_document_is_shown_as_a_point_without_an_interval():
+    text = sentences([baseline(["0"]), bridge(["0"]), run("q_fa_import", "fa_import", {"0": 2.8}, parents=FREE)])
+    assert "difference −0.1000 (1 document: no interval). GPU-hours" in text
+    assert "imported (q_fa_import) +0.1000 (1 document: no interval)" in text
+    assert "[" not in text
+    assert "95%" not in text
+
+
+def test_a_run_of_a_seed_too_many_is_said_beside_the_number_that_it_spoils():
+    text = sentences([baseline(), bridge(), bridge(run_id="again")])
+    assert "(flagged)" in text
+    assert "Flagged, so it is no evidence: q_p1_bridge: 2 runs of seed 0: q_p1_bridge/again, q_p1_bridge/s0" in text
+    assert "Flagged" not in sentences([baseline(), bridge()])
+
+
+def test_one_document_decides_nothing():
+    small = [
+        baseline(["0"]),
+        *(bridge(["0"], share=share, hours=100 * share, run_id=str(share)) for share in (0.35, 0.7)),
+    ]
+    (family,) = read_study(small).families.values()
+    (candidate,) = judge_candidates(family, resamples=100)
+    assert {gate.outcome for gate in (candidate.marginal, candidate.with_parents)} == {"insufficient"}
+    assert candidate.marginal.reduction is None
+
+
+def test_whether_a_control_is_worse_than_its_start_is_not_told_from_one_document():
+    control = run("q_static", "control", {"0": 9.0})
+    control.start_validation = run("start", "control", {"0": 1.0}).final()
+    (family,) = read_study([control]).families.values()
+    assert any("cannot be told: the two were measured on 1 document" in flag for flag in flags(family.arms[0]))
+
+
+def test_the_unit_stands_before_the_words_that_replace_an_interval():
+    (family,) = read_study([baseline(["0"]), bridge(["0"])]).families.values()
+    interval = compare_all(family, family.matched("q_p1_bridge", ""))["ttt_scratch"].interval
+    assert interval_text(interval) == "−0.1000 (1 document: no interval)"
+    assert nats(interval) == "−0.1000 nats per token (1 document: no interval)"
+
+
+def test_that_no_difference_can_be_formed_is_said_once():
+    text = sentences([baseline(), bridge(MANY[:4]), run("q_fa_import", "fa_import", dict.fromkeys(MANY, 2.8))])
+    assert "after 125.8M: no difference can be formed. GPU-hours" in text
+    assert "imported (q_fa_import), no difference can be formed;" in text
+    assert "difference no difference" not in text
+
+
+@pytest.mark.parametrize("device, expected", [("x86_64 cpu", True), ("H200", False)])
+def test_hours_of_processes_on_a_cpu_say_what_else_is_in_them(device, expected):
+    both = [each(environment=Environment(device=device)) for each in (baseline, bridge)]
+    assert ("alone, 1.00 with parents (processes on CPU cores: other work" in sentences(both)) == expected
+    assert ("CPU" in sentences(both)) == expected

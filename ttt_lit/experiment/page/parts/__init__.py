@@ -1,1 +1,0 @@
-"""The page's sections: from a study to blocks."""
