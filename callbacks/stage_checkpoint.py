@@ -7,7 +7,6 @@ partial gradient or the hooks of the next stage.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from ttt_lit.checkpoint.receipt import LineageStep
 from ttt_lit.checkpoint.store import save_checkpoint
+from ttt_lit.record.codec import write_atomic
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.parallel import gather
 from ttt_lit.train.resume import POINTER, ResumeWriter, checkpoints_folder
@@ -122,9 +122,7 @@ class StageCheckpoint(L.Callback, ResumeWriter):
 
 def _point_to(folder: Path, path: Path) -> None:
     """Make ``path`` the one to resume from, in one step, then drop the older ones."""
-    temporary = folder / f"{POINTER}.tmp"
-    temporary.write_text(json.dumps({"path": path.name}) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / POINTER)
+    write_atomic(folder / POINTER, json.dumps({"path": path.name}) + "\n")
     for old in folder.glob("resume-*.ckpt"):
         if old != path:
             shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ttt_lit.plan.announced import announced
 from ttt_lit.plan.config import PlannedRun, read_run
 from ttt_lit.plan.devices import Device, device_named
 from ttt_lit.plan.memory import PARTS, Setting, StageMemory, stage_memory
+from ttt_lit.record.codec import write_atomic
 from ttt_lit.report.table import Table
 from ttt_lit.train.stage_flops import number_bytes, stage_flops
 from ttt_lit.train.stages import StagePlan
@@ -91,7 +91,7 @@ def plan(arguments: list[str], options: PlanOptions) -> str:
     text = "\n\n".join([title, *(table.text() for table in tables), wrapped])
     if options.output is not None:
         blocks = [f"# {title}", *(table.markdown() for table in tables), "\n".join(f"- {note}" for note in notes)]
-        _write(Path(options.output) / "plan.md", "\n\n".join(blocks) + "\n")
+        write_atomic(Path(options.output) / "plan.md", "\n\n".join(blocks) + "\n")
     print(text)
     return text
 
@@ -224,13 +224,6 @@ def _advice(run: PlannedRun, stages: Sequence[PlannedStage], device: Device, set
 
 def _fits(memory: StageMemory, device: Device) -> bool:
     return device.memory_gib is None or memory.total <= device.memory_gib * _GIB * USABLE
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

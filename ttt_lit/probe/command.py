@@ -28,7 +28,8 @@ from ttt_lit.probe.report import markdown, overlay, unfinished
 from ttt_lit.probe.rows import Key, Rows
 from ttt_lit.probe.summary import summarise
 from ttt_lit.probe.tasks import Task, Tasks, Values
-from ttt_lit.report.drawing import png_bytes, replace_file
+from ttt_lit.record.codec import write_atomic
+from ttt_lit.report.drawing import png_bytes
 from ttt_lit.train.origin import origin_of_checkpoint
 from ttt_lit.train.parallel import fill
 from ttt_lit.train.start import Start, StartConfig, resolve_start
@@ -173,7 +174,7 @@ class Results:
         machine = {"seconds": self.seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
         whole = self.header | {"data": self.header["data"] | self.folder_of_data | counts}
         whole |= {"finished": not missing, "missing": missing} | summary | machine | {"rows": self.rows.to_json()}
-        replace_file(self.folder / NAME, (json.dumps(whole, indent=1) + "\n").encode("utf-8"))
+        write_atomic(self.folder / NAME, json.dumps(whole, indent=1) + "\n")
         return whole
 
     def write(self, tasks: Tasks, command: str) -> bool:
@@ -182,9 +183,9 @@ class Results:
         whole = self.save(tasks)
         readable = whole["recommendation"] is not None
         if readable:
-            replace_file(self.folder / "probe.md", markdown(whole, command).encode("utf-8"))
-            replace_file(self.folder / "probe.yaml", overlay(whole, self.folder / NAME).encode("utf-8"))
-            replace_file(self.folder / "probe.png", png_bytes(picture(whole)))
+            write_atomic(self.folder / "probe.md", markdown(whole, command))
+            write_atomic(self.folder / "probe.yaml", overlay(whole, self.folder / NAME))
+            write_atomic(self.folder / "probe.png", png_bytes(picture(whole)))
         for line in unfinished(whole):
             print(f"{self.folder}: {line}")
         return readable

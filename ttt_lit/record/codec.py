@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 ADDED_LATER = {"added_later": True}
@@ -24,6 +26,14 @@ class NotFinite(ValueError):
     def __init__(self, where: str, value: float) -> None:
         super().__init__(f"{where}: got {value}, expected a finite number unless status is 'diverged'")
         self.where, self.value = where, value
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, never half of it. Its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    os.replace(temporary, path)
 
 
 def refuse_constant(name: str) -> None:

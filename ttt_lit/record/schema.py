@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ttt_lit.record.codec import ADDED_LATER, decode, encode, refuse_constant
+from ttt_lit.record.codec import ADDED_LATER, decode, encode, refuse_constant, write_atomic
 from ttt_lit.record.status import Status
 
 SCHEMA_VERSION = 2
@@ -414,10 +413,7 @@ class RunRecord:
     def write(self, path: Path) -> None:
         """Replace the file in one step: a reader sees the old record or the new one, never half of it."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, text)
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

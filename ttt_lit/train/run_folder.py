@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +9,13 @@ from typing import Any
 
 import yaml
 
-from ttt_lit.record.status import ENDED, STATUSES
+from ttt_lit.record.codec import write_atomic
+from ttt_lit.record.schema import RECORD_NAME, RunRecord
+from ttt_lit.record.status import ENDED
 from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
 
-CONFIG_NAME, RECORD_NAME = "config.yaml", "record.json"
+CONFIG_NAME = "config.yaml"
 
 # Settings that change what is shown, or how fast and how safely the same numbers are made: no part of what a run is, so a start may
 # change them. Section, or class of a callback → its keys; None: the callback itself may come and go.
@@ -74,28 +74,13 @@ def has_ended(folder: Path) -> bool:
 def _ending(path: Path) -> tuple[str, str | None]:
     """Status and reason of a record. ValueError in one line for anything that no run writes."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        record = RunRecord.read(path)
     except ValueError as error:  # of the text's encoding, too
-        raise _damaged(path, str(error), "JSON") from error
-    if not isinstance(record, dict):
-        raise _damaged(path, type(record).__name__, "an object")
-    status, reason = record.get("status"), record.get("reason")
-    if status not in STATUSES:
-        raise _damaged(path, f"status {status!r:.80}", f"one of {', '.join(STATUSES)}")
-    if not isinstance(reason, str | None):
-        raise _damaged(path, f"reason {reason!r:.80}", "a text or null")
-    return status, reason
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"the number {name}")
-
-
-def _damaged(path: Path, got: str, expected: str) -> ValueError:
-    return ValueError(
-        f"{path}: damaged record, got {got}, expected {expected}; bring the file back, or give another --run.id, or remove the file: "
-        "then the run continues from its last resume file, or from the beginning if it has none, and writes its record anew"
-    )
+        raise ValueError(
+            f"{error}; bring the file back, or give another --run.id, or remove the file: then the run continues from its last resume "
+            "file, or from the beginning if it has none, and writes its record anew"
+        ) from error
+    return record.status, record.reason
 
 
 class _Before:
@@ -116,7 +101,7 @@ class _Before:
         if self.config is None:
             (self.folder / CONFIG_NAME).unlink(missing_ok=True)
         elif self.config != _bytes(self.folder / CONFIG_NAME):
-            _replace(self.folder / CONFIG_NAME, self.config)
+            write_atomic(self.folder / CONFIG_NAME, self.config)
 
 
 def _keep_config(folder: Path, config: dict[str, Any]) -> None:
@@ -130,7 +115,7 @@ def _keep_config(folder: Path, config: dict[str, Any]) -> None:
                 "back to it, or make it a run of its own (a matrix: another name or a label of an axis; fit: another --run.id)"
             )
         return
-    _replace(path, yaml.safe_dump(config, sort_keys=False).encode())
+    write_atomic(path, yaml.safe_dump(config, sort_keys=False).encode())
 
 
 def begun_config(folder: Path) -> dict[str, Any] | None:
@@ -207,9 +192,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
