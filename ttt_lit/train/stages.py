@@ -158,7 +158,6 @@ class StagePlan:
     """One stage in numbers."""
 
     name: str
-    index: int
     config: StageConfig
     context: int
     """Tokens per sequence."""
@@ -205,13 +204,12 @@ def plan_stages(stages: Stages, size: SizeConfig, budget: Budget, *, devices: in
         budget, tokens_per_step=size.tokens_per_step, shares={n: s.share for n, s in enabled.items()}
     )
     return tuple(
-        _plan_stage(index, name, config, size, budgets[name], devices)
-        for index, (name, config) in enumerate(enabled.items())
+        _plan_stage(name, config, size, budgets[name], devices) for name, config in enabled.items()
     )
 
 
 def _plan_stage(
-    index: int, name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int
+    name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int
 ) -> StagePlan:
     context = size.context(config.context)
     if config.mode in ("meta", "first_order"):
@@ -227,7 +225,6 @@ def _plan_stage(
     window, sinks, kept = _attention(name, config, size)
     return StagePlan(
         name=name,
-        index=index,
         config=config,
         context=context,
         window=window,
