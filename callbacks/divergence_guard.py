@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.train.divergence import DivergenceDetector, end_diverged
+from ttt_lit.record.divergence import DivergenceDetector
+from ttt_lit.train.divergence import end_diverged
 from ttt_lit.train.module import TTTModule
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     **{f"ttt_lit.{name}": () for name in ("metrics", "identity", "tokenizer_json", "strict_yaml")},
     # What a run writes down, what runs decide, the page: no torch.
     "ttt_lit.record": ("ttt_lit.record",),
-    "ttt_lit.verdict": ("ttt_lit.record", "ttt_lit.verdict", "ttt_lit.train.divergence"),
+    "ttt_lit.verdict": ("ttt_lit.record", "ttt_lit.verdict"),
     "ttt_lit.report": ("ttt_lit.record", "ttt_lit.verdict", "ttt_lit.report", "ttt_lit.metrics"),
     # The network and the method.
     "ttt_lit.ops": ("ttt_lit.ops",),
@@ -302,3 +302,43 @@ def test_what_is_allowed_passes(sources):
 def test_importing_a_plain_module_loads_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+ROOMS = (
+    *sorted(f"ttt_lit.{path.parent.name}" for path in (ROOT / "ttt_lit").glob("*/__init__.py")),
+    "callbacks",
+    "cli",
+)
+
+
+def direct_imports() -> list[tuple[str, list[str]]]:
+    """Each room with the rooms below it that it imports, without those that one of these imports too; from the ground up."""
+    sources = project_sources()
+    names = {name.removesuffix(".__init__") for name in sources}
+    below: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for key, source in sources.items():
+        for room in (room for room in ROOMS if within(key, (room,))):
+            targets = [resolve(item.target, names) for item in imports_of(key, source, set(sources))]
+            below[room] |= {other for other in ROOMS for target in targets if within(target, (other,))} - {room}
+    order: list[str] = []
+    while len(order) < len(ROOMS):
+        ready = [room for room in ROOMS if room not in order and below[room] <= set(order)]
+        assert ready, f"rooms import each other: {sorted(set(ROOMS) - set(order))}"
+        order += ready
+    reach: dict[str, set[str]] = {}
+    for room in order:
+        reach[room] = below[room].union(*(reach[other] for other in below[room]))
+    return [
+        (room, sorted(one for one in below[room] if not any(one in reach[other] for other in below[room])))
+        for room in order
+    ]
+
+
+def test_the_picture_of_the_rooms_is_what_they_import():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.split("```mermaid\n")[1].split("```")[0].splitlines()[1:]
+    short = [
+        (room.removeprefix("ttt_lit."), [one.removeprefix("ttt_lit.") for one in rooms])
+        for room, rooms in direct_imports()
+    ]
+    assert [line.strip() for line in drawn] == [f"{room} --> {' & '.join(rooms)}" for room, rooms in short if rooms]

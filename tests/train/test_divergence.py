@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ttt_lit.train.divergence import Diverged, DivergenceDetector, non_finite_loss, stop_unless_finite
+from ttt_lit.record.divergence import DivergenceDetector
+from ttt_lit.train.divergence import Diverged, non_finite_loss, stop_unless_finite
 
 
 def feed(detector, losses):

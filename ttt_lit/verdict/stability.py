@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from ttt_lit.record.divergence import DivergenceDetector
 from ttt_lit.record.schema import RunRecord, Stage
-from ttt_lit.train.divergence import DivergenceDetector
 from ttt_lit.verdict.arm import Arm
 from ttt_lit.verdict.formats import counted, nats
 from ttt_lit.verdict.gate import Finding, Gate, Outcome, gate_of
