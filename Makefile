@@ -3,6 +3,7 @@
 # make matrix-wallclock the same for Qwen's bridge at shares of the baseline's GPU-hours, then the report (about 15 minutes more)
 # make test             install if needed, then run the tests
 # make check            lint, formatting, types, layering
+# make docs             write the tables of docs/ that are made from the code
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ CLI := $(BIN)/python cli.py
 # What runs of one family's demo start from.
 ready = artifacts/$(1)/checkpoint/checkpoint.json artifacts/$(1)/data/short/manifest.json artifacts/$(1)/data/long/manifest.json
 
-.PHONY: help install demo matrix-demo matrix-wallclock test check format clean-demo
+.PHONY: help install demo matrix-demo matrix-wallclock test check docs format clean-demo
 .DELETE_ON_ERROR:
 # What a chain made on its way to a checkpoint is kept, and not made again where only the checkpoint is left.
 .SECONDARY:
@@ -93,6 +94,9 @@ check: $(INSTALLED)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_layering.py
+
+docs: $(INSTALLED)
+	@cd tests && ../$(BIN)/python -m helpers.field_tables
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix --quiet .

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ttt_lit.metrics import position_buckets
 from ttt_lit.ops.attention import kernels_that_ran
-from ttt_lit.record import schema as schema
+from ttt_lit.record import measured, schema
 from ttt_lit.record.codec import NotFinite
 from ttt_lit.train.divergence import Diverged
 from ttt_lit.train.module import TTTModule
@@ -122,11 +122,11 @@ class RunRecorder(L.Callback):
             start_validation=_validation(begun) if (begun := module.history.start_validation) is not None else None,
             imported=[_imported(module, context, curve) for context, curve in module.history.imported.items()],
             stages=[self._stage(module, plan) for plan in module.plans],
-            evaluations=[schema.EvaluationPoint(**point) for point in module.history.evaluations],
+            evaluations=[measured.EvaluationPoint(**point) for point in module.history.evaluations],
             totals=_spent(module.ledger.total()),
             unigram_entropy=self.unigram_entropy,
             parents=[schema.Parent(**parent) for parent in parents(start.origin.lineage)],
-            ceiling=[schema.Ceiling(**ceiling) for ceiling in module.ceiling],
+            ceiling=[measured.Ceiling(**ceiling) for ceiling in module.ceiling],
         )
         record.write(_path(trainer))
 
@@ -155,11 +155,11 @@ class RunRecorder(L.Callback):
             stage.train_loss_last_tenth = sum(last) / len(last)
             stage.train_losses, stage.train_gpu_seconds = list(seen.losses), list(seen.gpu_seconds)
         stage.validations = [_validation(entry) for entry in seen.validations]
-        stage.damage = [schema.Damage(**entry) for entry in seen.damage]
+        stage.damage = [measured.Damage(**entry) for entry in seen.damage]
         if seen.norm_range:
             by_chunk = seen.update_norm_by_chunk
             low, high, last_norm = seen.norm_range
-            stage.inner_update_norms = schema.Norms(
+            stage.inner_update_norms = measured.Norms(
                 mean=sum(by_chunk) / len(by_chunk),
                 minimum=low,
                 maximum=high,
@@ -170,7 +170,7 @@ class RunRecorder(L.Callback):
         wall = spent.seconds["compute"] / module.ledger.devices
         if wall > 0 and spent.tokens and plan.name in self.flops:
             rate = spent.tokens / wall
-            stage.throughput = schema.Throughput(
+            stage.throughput = measured.Throughput(
                 tokens_per_second=rate,
                 seconds_per_1k_tokens=1000 / rate,
                 flop_per_token=self.flops[plan.name],
@@ -219,22 +219,22 @@ def _spelt(config: Any) -> Any:
     return config
 
 
-def _validation(entry: dict[str, Any]) -> schema.Validation:
-    buckets = [schema.Bucket(**bucket) for bucket in entry["buckets"]]
-    documents = [schema.Document(**document) for document in entry["documents"]]
-    return schema.Validation(**entry | {"buckets": buckets, "documents": documents})
+def _validation(entry: dict[str, Any]) -> measured.Validation:
+    buckets = [measured.Bucket(**bucket) for bucket in entry["buckets"]]
+    documents = [measured.Document(**document) for document in entry["documents"]]
+    return measured.Validation(**entry | {"buckets": buckets, "documents": documents})
 
 
-def _imported(module: TTTModule, context: str, curve: list[float]) -> schema.Imported:
+def _imported(module: TTTModule, context: str, curve: list[float]) -> measured.Imported:
     blocks, ranges = module.validation.damage_blocks, position_buckets(len(curve))
     means = bucket_means(torch.tensor(curve, dtype=torch.float64), ranges)
-    return schema.Imported(
+    return measured.Imported(
         context="short" if context == "short" else "long",
         blocks=blocks,
         tokens=blocks * len(curve),
         nats_per_token=sum(curve) / len(curve),
         buckets=[
-            schema.Bucket(start=a, stop=b, nats_per_token=mean) for (a, b), mean in zip(ranges, means, strict=True)
+            measured.Bucket(start=a, stop=b, nats_per_token=mean) for (a, b), mean in zip(ranges, means, strict=True)
         ],
     )
 
@@ -248,10 +248,10 @@ def _data(module: TTTModule) -> schema.Data:
     )
 
 
-def _transition(proof: dict[str, Any], plan: StagePlan) -> schema.Transition:
+def _transition(proof: dict[str, Any], plan: StagePlan) -> measured.Transition:
     sinks = f" with {plan.sink_tokens} sinks" if plan.sink_tokens else ""
     attention = "attention as imported" if plan.window is None else f"window {plan.window}{sinks}"
-    return schema.Transition(
+    return measured.Transition(
         kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
         preserves=proof["preserves"],
         before=proof["before"],

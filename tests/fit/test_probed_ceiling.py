@@ -9,7 +9,8 @@ from fitting import run
 import cli
 from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.identity import hash_file
-from ttt_lit.record.schema import Ceiling, RunRecord
+from ttt_lit.record.measured import Ceiling
+from ttt_lit.record.schema import RunRecord
 
 ROW = {"window": 16, "stride": 4, "nats": 0.05, "low": 0.03, "high": 0.07, "blocks": 4, "documents": 3, "seconds": 1.0}
 PARAMETERS = tiny.tiny_spec().num_parameters()

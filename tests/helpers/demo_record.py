@@ -1,26 +1,18 @@
 """A record like the demo's, whose losses are keyword arguments so that tests can bend them; and runs of a small matrix."""
 
-from ttt_lit.record.schema import (
+from ttt_lit.record.measured import (
     Bucket,
     Ceiling,
     Damage,
     Document,
-    Environment,
     EvaluationPoint,
-    Git,
     Imported,
-    Model,
     Norms,
-    Parent,
-    Planned,
-    RunRecord,
-    Spent,
-    Stage,
-    Start,
     Throughput,
     Transition,
     Validation,
 )
+from ttt_lit.record.schema import Environment, Git, Model, Parent, Planned, RunRecord, Spent, Stage, Start
 
 EDGES = (0, 8, 64, 128, 256, 512, 1024)
 SWA = (4.6, 3.9, 3.7, 3.60, 3.58, 3.61)

@@ -3,7 +3,8 @@
 import math
 
 from helpers.records import CONTEXT, point, run, validation
-from ttt_lit.record.schema import Bucket, Parent, Throughput, Transition
+from ttt_lit.record.measured import Bucket, Throughput, Transition
+from ttt_lit.record.schema import Parent
 
 DOCUMENTS = [f"{number:012x}" for number in range(12)]
 

@@ -1,20 +1,7 @@
 """Records for comparisons: a run with held-out documents, at full size, whose every part a test can bend."""
 
-from ttt_lit.record.schema import (
-    Bucket,
-    Ceiling,
-    Data,
-    Document,
-    Environment,
-    EvaluationPoint,
-    Model,
-    Planned,
-    RunRecord,
-    Spent,
-    Stage,
-    Start,
-    Validation,
-)
+from ttt_lit.record.measured import Bucket, Ceiling, Document, EvaluationPoint, Validation
+from ttt_lit.record.schema import Data, Environment, Model, Planned, RunRecord, Spent, Stage, Start
 
 CONTEXT = 32_768
 STEP_TOKENS = 524_288

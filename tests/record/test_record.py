@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,9 +13,6 @@ from ttt_lit.model import spec
 from ttt_lit.record import schema as record_module
 from ttt_lit.record.codec import NotFinite
 from ttt_lit.record.schema import Model, RunRecord
-from ttt_lit.train import run_config
-
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-record.md"
 
 
 def test_write_and_read_back_a_full_record(tmp_path, make_record):
@@ -142,27 +138,9 @@ def test_a_missing_record_is_named(tmp_path):
         RunRecord.read(tmp_path)
 
 
-def test_the_documentation_lists_exactly_the_schema():
-    """Per section of the page: the fields in the first column of its table."""
-    sections = re.split(r"^## ", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    documented = {}
-    for section in sections:
-        name = section.split("\n", 1)[0].strip().strip("`")
-        documented[name] = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
-    kinds = [kind for kind in vars(record_module).values() if dataclasses.is_dataclass(kind)]
-    schema = {kind.__name__: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
-    assert {name: sorted(fields) for name, fields in documented.items() if fields} == {
-        name: sorted(fields) for name, fields in schema.items()
-    }
-
-
 def test_the_record_knows_every_mode_of_the_method():
     """It imports nothing of the model, so the list stands twice."""
     assert get_args(record_module.Mode) == get_args(spec.Mode)
-
-
-def test_the_record_knows_every_role_of_a_run():
-    assert get_args(record_module.Role) == get_args(run_config.Role)
 
 
 def test_the_headline_is_read_from_the_last_stage(make_record):

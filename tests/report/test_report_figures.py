@@ -8,7 +8,8 @@ from helpers.records import point, run, validation
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from ttt_lit.record.schema import Bucket, Parent
+from ttt_lit.record.measured import Bucket
+from ttt_lit.record.schema import Parent
 from ttt_lit.report.bars import target_figure
 from ttt_lit.report.differences import family_differences
 from ttt_lit.report.figure_style import COLOURS, WIDTH, label, styles

@@ -6,7 +6,8 @@ import io
 import pytest
 from helpers.records import ceiling, run, validation
 
-from ttt_lit.record.schema import Damage, Start
+from ttt_lit.record.measured import Damage
+from ttt_lit.record.schema import Start
 from ttt_lit.report.blocks import Grid, Listing, Paragraph
 from ttt_lit.report.build import build_page
 from ttt_lit.report.decision import decision

@@ -26,11 +26,11 @@ class TTTConfig:
     """Which layers learn while reading, and how their prime MLPs start."""
 
     layers: LayerPolicy | list[int] = "last_quarter"
-    """``last_quarter``: the highest round-half-up(L/4) layers. ``global``: every layer that the checkpoint gives dense attention,
-    in a model that also has windowed ones (Gemma-3). ``global_suffix``: those of them in the upper half of the network. Or a list
-    of layer indices."""
+    """``last_quarter``: the highest round-half-up(L/4) layers. ``global``: every layer that the checkpoint gives dense attention, in a
+    model that also has windowed ones (Gemma-3: 5, 11, 17 and 23 of 26). ``global_suffix``: those of them in the upper half (17 and 23). Or
+    a list of layer indices."""
     prime_width: int | None = None
-    """Inner width of the prime MLPs. null: the width of the layer's own MLP."""
+    """Inner width of the prime MLPs; null: the width of the layer's own MLP."""
     prime_init: PrimeInit = "copy"
     """``copy``: gate, up and pre-norm of the layer's own MLP, zero down-projection. ``random``: normal gate and up, zero
     down-projection. ``paper``: all three random and a post-norm, which changes the function at step 0."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ttt_lit.probe.config import Plan, curve_buckets
 from ttt_lit.probe.rows import IMPORTED, Key, Rows, common_blocks
-from ttt_lit.record.schema import Ceiling
+from ttt_lit.record.measured import Ceiling
 from ttt_lit.verdict.gates import MAX_DELTA
 from ttt_lit.verdict.own_part import MIN_CEILING, excludes_none
 

@@ -14,6 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ttt_lit.record.codec import ADDED_LATER, decode, encode, refuse_constant, write_atomic
+from ttt_lit.record.measured import (
+    Ceiling,
+    Damage,
+    EvaluationPoint,
+    Imported,
+    Norms,
+    Throughput,
+    Transition,
+    Validation,
+)
 from ttt_lit.record.status import Status
 
 SCHEMA_VERSION = 2
@@ -33,7 +43,7 @@ class Start:
     weights_hash: str | None = None
     """SHA-256 that identifies that checkpoint's weights; null: random weights."""
     lineage: list[Any] = field(default_factory=list)
-    """The start checkpoint's lineage, as stored with it."""
+    """That checkpoint's lineage, as stored with it."""
     receipt: dict[str, Any] = field(default_factory=dict)
     """Which tensors were inherited, new or dropped."""
 
@@ -51,10 +61,12 @@ class Model:
     """The network at the start of the run."""
 
     family: str
-    """Checkpoint family: qwen2, gemma3, …"""
+    """Checkpoint family: ``qwen2``, ``gemma3``, …"""
     num_parameters: int
+    """All parameters, a tied head counted once."""
     num_layers: int
     ttt_layers: list[int]
+    """Indices of the layers with fast weights."""
     spec: dict[str, Any] = field(default_factory=dict)
     """The whole model spec."""
 
@@ -68,7 +80,7 @@ class Data:
     short: str | None = None
     """SHA-256 of the manifest of the short documents; null where no stage reads them."""
     long: str | None = None
-    """The same of the long documents, whose held-out side is what every run is measured on."""
+    """The same of the long documents, whose held-out side every run is measured on."""
 
 
 @dataclass(kw_only=True)
@@ -80,7 +92,7 @@ class Parent:
     stage: str | None = None
     """Its last stage that went into the start; null: not known."""
     gpu_seconds: float | None = None
-    """Compute device-seconds up to there; null: not known."""
+    """Compute device-seconds up to there; null: not known. ``import --trained-by RUN`` makes them known."""
     tokens: int | None = None
     """Tokens trained up to there; null: not known."""
 
@@ -92,9 +104,10 @@ class Environment:
     versions: dict[str, str] = field(default_factory=dict)
     """Package → version, Python included."""
     device: str = "cpu"
+    """Device name."""
     num_devices: int = 1
     kernels: list[str] = field(default_factory=list)
-    """Attention kernels that really ran."""
+    """Attention kernels that really ran (``flash``, ``sdpa``, ``triton``, ``tiled``), and ``torch.compile`` where it did."""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +115,9 @@ class Git:
     """State of the source tree; nulls where there is none."""
 
     revision: str | None = None
+    """Commit; null outside a repository."""
     dirty: bool | None = None
+    """Whether tracked files differed from it."""
 
 
 @dataclass(kw_only=True)
@@ -110,8 +125,11 @@ class Planned:
     """A stage's budget: whole optimiser steps, or compute device-seconds."""
 
     optimizer_steps: int | None = None
+    """Budget in whole optimiser steps."""
     tokens: int | None = None
+    """The same in tokens."""
     gpu_seconds: float | None = None
+    """Budget in compute device-seconds."""
 
 
 @dataclass(kw_only=True)
@@ -122,154 +140,9 @@ class Spent:
     micro_batches: int = 0
     tokens: int = 0
     bytes: int = 0
+    """Bytes of the text of these tokens."""
     gpu_seconds: dict[str, float] = field(default_factory=dict)
-    """Device-seconds per account: compute, validation, checkpoint, compile."""
-
-
-@dataclass(kw_only=True)
-class Transition:
-    """Proof of the conversion into a stage: one fixed batch in float32 at this stage's context."""
-
-    kind: str
-    """What was converted, in words."""
-    preserves: bool
-    """Whether the function must not change."""
-    before: float
-    """Nats per token as the stage before computes it, without the inner loop."""
-    after: float
-    """Nats per token as this stage computes it, without inner updates."""
-    tolerance: float
-    """Largest |after − before| allowed where the function is preserved."""
-
-    @property
-    def difference(self) -> float:
-        return self.after - self.before
-
-    @property
-    def held(self) -> bool:
-        """Whether the promise, if there is one, was kept. NaN keeps none."""
-        return not self.preserves or abs(self.difference) <= self.tolerance
-
-
-@dataclass(kw_only=True)
-class Bucket:
-    """Mean loss over the positions start … stop − 1."""
-
-    start: int
-    stop: int
-    nats_per_token: float
-
-
-@dataclass(kw_only=True)
-class Document:
-    """One held-out block: the unit that comparisons are paired by. Losses in nats per token."""
-
-    id: str
-    """Of its tokens: equal ids are equal blocks."""
-    source: int
-    """The document it was cut from, numbered in its split: blocks of one document are not independent."""
-    bytes: int
-    nats_per_token: float
-    short: float
-    """Mean over the positions of the short context."""
-    deciles: list[float]
-    """Mean over each tenth of the positions, in order."""
-
-
-@dataclass(kw_only=True)
-class Validation:
-    """One pass over held-out documents."""
-
-    inner: Literal["on", "off"]
-    """Whether the inner loop updated the fast weights."""
-    context: int
-    nats_per_token: float
-    bits_per_byte: float
-    blocks: int
-    tokens: int
-    bytes: int
-    buckets: list[Bucket]
-    """Loss by position, in order, without gaps from 0 to the context."""
-    documents: list[Document] = field(default_factory=list)
-    """Every block, sorted by id."""
-    curve: str | None = None
-    """Array file with the loss at every position, relative to the record."""
-
-
-@dataclass(kw_only=True)
-class Norms:
-    """Summary of a stage's inner update norms: L2 norm of the fast weights' change per chunk."""
-
-    mean: float
-    minimum: float
-    maximum: float
-    last: float
-    count: int
-    """Measurements that entered the summary."""
-    by_chunk: list[float] = field(default_factory=list)
-    """Mean per chunk of the sequence, in order."""
-
-
-@dataclass(kw_only=True)
-class Throughput:
-    """Speed of a stage's compute account, over all devices."""
-
-    tokens_per_second: float
-    seconds_per_1k_tokens: float
-    flop_per_token: float
-    """By the analytic count."""
-    flop_per_second: float
-    peak_memory_gib: float | None = None
-
-
-@dataclass(kw_only=True)
-class Damage:
-    """Loss of the stage's network minus that of the imported model on the same held-out tokens, in nats per token; null where it is not
-    finite."""
-
-    when: Literal["start", "end"]
-    """Of the stage."""
-    context: Literal["short", "long"]
-    inner: Literal["on", "off"]
-    inside: float | None
-    """Mean over the positions inside the stage's window."""
-    beyond: float | None
-    """Mean over those beyond it; null, too, where the window with its sinks spans the context."""
-    nats: float | None
-    """Mean over all positions."""
-
-
-@dataclass(kw_only=True)
-class Imported:
-    """The imported model's own loss on the held-out blocks that damage is measured on."""
-
-    context: Literal["short", "long"]
-    blocks: int
-    tokens: int
-    """Over all blocks."""
-    nats_per_token: float
-    buckets: list[Bucket]
-    """Loss by position, in order, without gaps from 0 to the context."""
-
-
-@dataclass(kw_only=True)
-class Ceiling:
-    """Worth of the context beyond a window to the imported dense model: its loss on fresh contexts of the last tokens minus that at full
-    length, so the most that a memory of what lies further back can win on these data. As ``python cli.py probe`` measured it."""
-
-    window: int
-    stride: int
-    """A token was read with its last ``window`` … ``window + stride`` tokens."""
-    nats: float
-    low: float | None
-    """95 % interval, bootstrap over documents; null: a single document gives none."""
-    high: float | None
-    blocks: int
-    documents: int
-    checkpoint: str
-    """Name and the hash's first digits of the model that was probed."""
-    digest: str = field(default="", metadata=ADDED_LATER)
-    """SHA-256 that identifies its weights, as ``weights_hash`` of a start that is this model; empty: not known."""
+    """Device-seconds per account: ``compute`` (waiting for data included), ``validation``, ``checkpoint``, ``compile``."""
 
 
 @dataclass(kw_only=True)
@@ -277,30 +150,37 @@ class Stage:
     """One stage of the run."""
 
     name: str
+    """A, B0, B1, B2 or C."""
     mode: Mode
+    """Inner loop in training: ``none``, ``static``, ``meta`` or ``first_order``."""
     context: int
+    """Training context in tokens."""
     windows: list[int | None]
-    """Window of each layer in tokens; null: dense."""
+    """Attention window of each layer; null: dense."""
     sink_tokens: int = 0
-    """Tokens at the start that stay visible outside of the windows."""
+    """Tokens at the start that stay visible outside of the windows, in the layers that had full attention before the stage."""
     planned: Planned
+    """The stage's budget."""
     spent: Spent = field(default_factory=Spent)
+    """What it consumed."""
     carry: Literal["all", "params"] = "all"
-    """What of the stage before was carried: optimiser state too, or weights only."""
+    """What came from the stage before: ``all`` (optimiser state too) or ``params``."""
     train_loss_first: float | None = None
-    """Nats per token at the first optimiser step."""
+    """At the first optimiser step."""
     train_loss_mean: float | None = None
+    """Over the stage's optimiser steps."""
     train_loss_last_tenth: float | None = None
     """Mean over the last 10 % of the optimiser steps."""
     train_losses: list[float] = field(default_factory=list)
-    """Nats per token of every optimiser step."""
+    """Loss of every optimiser step."""
     train_gpu_seconds: list[float] = field(default_factory=list)
     """Compute device-seconds of the whole run at the end of every optimiser step."""
     transition: Transition | None = None
-    """Null for a run's first stage, if nothing was converted."""
+    """Proof of the conversion into this stage; null where nothing was converted."""
     validations: list[Validation] = field(default_factory=list)
-    """At the end of the stage: inner loop off and on, for every context that was looked at."""
+    """At the end of the stage: inner loop off and on, for every context looked at."""
     inner_update_norms: Norms | None = None
+    """Null where the inner loop does not run."""
     throughput: Throughput | None = None
     damage: list[Damage] = field(default_factory=list, metadata=ADDED_LATER)
     """At the stage's start and end, against the imported model; empty: not measured."""
@@ -311,61 +191,64 @@ class Stage:
 
 
 @dataclass(kw_only=True)
-class EvaluationPoint:
-    """One point of the series on a fixed subset, for cost to a target loss."""
-
-    stage: str
-    tokens: int
-    """Trained so far in the run."""
-    gpu_seconds: float
-    """Compute device-seconds so far in the run."""
-    inner_on: float | None = None
-    """Nats per token; null: not measured."""
-    inner_off: float | None = None
-
-
-@dataclass(kw_only=True)
 class RunRecord:
     """Everything about one run."""
 
     run_id: str
+    """The run's own name, unique within the experiment."""
     experiment: str
+    """What the run is an instance of."""
     role: Role | None = None
-    """What the run is in a comparison; null: nothing in particular."""
+    """What the run is in a comparison: ``external``, ``fa_scratch``, ``fa_import``, ``bridge``, ``direct``, ``ttt_scratch`` or ``control``;
+    null: nothing in particular."""
     variant: str = ""
-    """What an ablation changed, as ``axis=label``; empty: nothing."""
+    """What an ablation changed, as ``axis=label`` separated by commas; empty: nothing."""
     share: float | None = None
     """Budget as a share of the baseline's GPU-hours; null: matched by tokens."""
     seed: int = 0
+    """Of random initial values."""
     headline: Headline = "off"
-    """Which of the final stage's losses speaks for the run: with the inner loop on or off."""
+    """Which of the last stage's losses speaks for the run: inner loop ``on`` or ``off``."""
     status: Status = "running"
+    """``running``, ``finished``, ``diverged``, ``interrupted`` or ``failed``."""
     reason: str | None = None
-    """Why the run did not finish; null while it runs and when it finished."""
+    """Why the run did not finish; null while it runs and when it finished, required otherwise."""
     started: str | None = None
     """UTC, ISO 8601."""
     ended: str | None = None
+    """UTC, ISO 8601."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The resolved configuration."""
+    """The resolved configuration; an infinite number is the string ``.inf``, as in YAML."""
     start: Start = field(default_factory=Start)
+    """Where the weights came from."""
     model: Model
+    """The network."""
     data: Data = field(default_factory=Data)
+    """What it read."""
     environment: Environment = field(default_factory=Environment)
+    """What it ran on."""
     git: Git = field(default_factory=Git)
+    """The source tree."""
     start_validation: Validation | None = None
     """The start checkpoint as it came, on the blocks that every stage end is measured on, inner loop off; null for random weights."""
     imported: list[Imported] = field(default_factory=list, metadata=ADDED_LATER)
-    """What damage is measured against; empty where the start checkpoint is not a model as imported, and where damage is not measured."""
+    """The imported model's own losses, which damage is measured against; empty for random weights, for a start from another run's
+    checkpoint, and where damage is not measured."""
     stages: list[Stage] = field(default_factory=list)
+    """In the order in which they ran."""
     evaluations: list[EvaluationPoint] = field(default_factory=list)
+    """The series during training, for cost to a target loss."""
     totals: Spent = field(default_factory=Spent)
+    """Sum over the stages."""
     unigram_entropy: float | None = None
-    """Nats per token: entropy of the validation tokens' own frequencies. A model that is not well below it has learnt little else."""
+    """Nats per token: entropy of the validation tokens' own frequencies, which a trained model must leave well behind."""
     parents: list[Parent] = field(default_factory=list)
     """Every run that made the start checkpoint, oldest first."""
     ceiling: list[Ceiling] = field(default_factory=list, metadata=ADDED_LATER)
-    """Per window that was probed, what context beyond it is worth to the imported model; empty: the run was given no probe."""
+    """Per window that ``python cli.py probe`` tried, what context beyond it is worth to the imported model; empty where
+    ``model.validation.probe`` is null."""
     schema_version: int = SCHEMA_VERSION
+    """2."""
 
     @property
     def name(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ttt_lit.record.schema import RunRecord, Stage, Validation
+from ttt_lit.record.measured import Validation
+from ttt_lit.record.schema import RunRecord, Stage
 from ttt_lit.report.decision import decision
 from ttt_lit.report.table import Table
 from ttt_lit.verdict.findings import findings, window_of

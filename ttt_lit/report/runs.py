@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ttt_lit.metrics import ACCOUNTS
-from ttt_lit.record.schema import Role, RunRecord, Stage, Validation
+from ttt_lit.record.measured import Validation
+from ttt_lit.record.schema import Role, RunRecord, Stage
 from ttt_lit.report.blocks import Block, Cell, Grid, Heading
 from ttt_lit.report.differences import difference_text
 from ttt_lit.verdict.arm import Arm, gpu_hours

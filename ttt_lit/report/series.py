@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ttt_lit.record.schema import EvaluationPoint, RunRecord
+from ttt_lit.record.measured import EvaluationPoint
+from ttt_lit.record.schema import RunRecord
 from ttt_lit.verdict.arm import Account, Arm
 
 Point = tuple[float, float]

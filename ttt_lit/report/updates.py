@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ttt_lit.record.schema import Damage, RunRecord, Stage
+from ttt_lit.record.measured import Damage
+from ttt_lit.record.schema import RunRecord, Stage
 from ttt_lit.report.blocks import Block, Cell, Grid, Heading, Listing, Paragraph
 from ttt_lit.report.differences import NOT_USABLE, difference_lines
 from ttt_lit.verdict.formats import change, loss

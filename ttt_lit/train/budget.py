@@ -15,9 +15,9 @@ class Budget:
     """What a run may consume: exactly one of the two."""
 
     tokens: int | None = None
-    """Training tokens over all stages and ranks."""
+    """Training tokens over all stages and ranks; whole optimiser steps."""
     gpu_hours: float | None = None
-    """Compute device-hours over all stages: validation, checkpoints and compilation are not counted."""
+    """Compute device-hours over all stages; validation, checkpoints and compilation are not counted."""
 
     def __post_init__(self) -> None:
         _exactly_one("Budget", tokens=self.tokens, gpu_hours=self.gpu_hours)

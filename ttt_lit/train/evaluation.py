@@ -18,7 +18,7 @@ class ValidationConfig:
     """How much is measured, when."""
 
     blocks: int = 64
-    """Held-out long blocks at every stage end, spread evenly over the validation split."""
+    """Held-out long blocks at every stage end; a multiple of the number of ranks."""
     subset: int = 8
     """Evenly spread blocks among those, measured while a stage runs; must divide ``blocks``."""
     every_share: float = 0.05
@@ -26,14 +26,18 @@ class ValidationConfig:
     during: tuple[Literal["A", "B0", "B1", "B2", "C"], ...] = ("A", "C")
     """Stages in which the subset is measured."""
     damage_blocks: int = 8
-    """Held-out blocks of each context, long and short, on which the loss above the imported model's is measured at both ends of every
-    stage, where the run starts from a model as imported; 0: none."""
+    """Held-out blocks of each context, long and short, on which the loss above the imported model's is measured at both ends of every stage
+    (docs/method.md); 0: none. Measured where the run starts from a model as imported, not from random weights or another run's checkpoint;
+    the short context where ``data.short`` is set."""
     headline: Literal["as_trained", "with_updates", "without_updates"] = "as_trained"
-    """Which loss of the last stage speaks for the run in a comparison. ``as_trained``: with inner updates exactly where the stage
-    trains with them; ``with_updates`` is the control that learns while reading without ever having been trained to."""
+    """Which loss of the last stage speaks for the run in a comparison. ``as_trained``: with inner updates exactly where the stage trains
+    with them. ``with_updates``, ``without_updates``: always or never; the control that learns while reading without having been trained to
+    sets the first."""
     probe: str | None = None
-    """The ``probe.json`` of the imported dense model on this run's long data. The record carries its ceiling: what context beyond the
-    window is worth, the yardstick of every difference. null: no ceiling is known."""
+    """``probe.json`` that ``python cli.py probe`` made of the imported dense model on this run's ``data.long``. The record carries its
+    ceiling (docs/decision.md): how much context beyond the window is worth. A probe of other data, of another context, of a model that the
+    run was not made from (from random weights: of another shape) or without the window of the run's last stage is refused. null: no ceiling
+    is known, and the verdict asks for more."""
 
     def __post_init__(self) -> None:
         if self.damage_blocks < 0:

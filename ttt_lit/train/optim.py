@@ -33,10 +33,13 @@ class OptimConfig:
     """AdamW as in the paper: decay on every parameter, embeddings and norms included."""
 
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Decoupled decay, times the learning rate."""
     clip_norm: float = 1.0
-    """Limit on the global norm of the outer gradient. 0: no clipping."""
+    """Limit on the global norm of the outer gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
         if not (self.eps > 0 and self.weight_decay >= 0 and self.clip_norm >= 0):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Role = Literal["external", "fa_scratch", "fa_import", "bridge", "direct", "ttt_scratch", "control"]
+from ttt_lit.record.schema import Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +19,15 @@ class RunConfig:
     root: str = "runs"
     """Folder of all runs."""
     role: Role | None = None
-    """What the run is in a comparison: ``ttt_scratch`` is the baseline, ``bridge`` and ``direct`` are the candidates, ``fa_scratch`` and
-    ``fa_import`` the full-attention controls, ``control`` any other, ``external`` made the checkpoint that others start from.
-    null: nothing in particular."""
+    """What the run is in a comparison. ``ttt_scratch``: the baseline. ``bridge``, ``direct``: the candidates. ``fa_scratch``,
+    ``fa_import``: full-attention controls. ``control``: any other control. ``external``: made the checkpoint that others start from. null:
+    nothing in particular."""
     variant: str = ""
-    """What an ablation changed, as ``axis=label`` separated by commas; the matrix command sets it. Empty: nothing."""
+    """What an ablation changed, as ``axis=label`` separated by commas; the ``matrix`` command sets it."""
     share: float | None = None
-    """Budget as a share of the baseline's GPU-hours; the matrix command sets it, with the budget itself. null: matched by tokens."""
+    """Budget as a share of the baseline's GPU-hours; the ``matrix`` command sets it, with the budget itself. null: matched by tokens."""
     stage: str | None = None
-    """For validate: the stage whose attention and mode are used. null: the last one."""
+    """For ``validate``: the stage whose attention and mode are used; null: the last one."""
 
     @property
     def folder(self) -> Path:

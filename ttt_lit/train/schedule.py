@@ -15,7 +15,7 @@ class LRSchedule:
     """Linear warm-up from zero to the peak, then half a cosine down to a share of the peak."""
 
     warmup_share: float = 0.0
-    """Share of the stage's budget over which the rate rises linearly from zero."""
+    """Share of the stage's budget over which the rate rises from zero; a stage has 0.1 unless it says otherwise."""
     final_lr_ratio: float = 0.01
     """Final rate as a share of the peak, reached when the budget is spent."""
 
@@ -45,7 +45,7 @@ class InnerLRSchedule:
     """Linear warm-up of the inner learning rate, then constant."""
 
     warmup_share: float = 0.0
-    """Share of the stage's budget over which the inner rate rises linearly."""
+    """Share of the stage's budget over which the inner rate rises."""
     initial_ratio: float = 0.0
     """Inner rate at the start of the warm-up, as a share of the target."""
 

@@ -28,36 +28,41 @@ class StageConfig:
     enabled: bool = True
     """Whether the run has this stage."""
     attention: Literal["dense", "window"] = "window"
-    """``dense``: windows as the checkpoint has them. ``window``: no layer sees further than ``window_share`` × size.window."""
+    """``dense``: windows as the checkpoint has them. ``window``: no layer sees further than ``window_share`` × ``size.window``."""
     window_share: float = 1.0
-    """Window as a share of size.window."""
+    """Window as a share of ``size.window``; more than 0, at most 1. Refused with ``attention: dense``."""
     sink_tokens: int | None = None
-    """Tokens from the first on that stay visible outside of the window in the full-attention layers that the stage narrows. null: as
-    many as size.sink_tokens."""
+    """Attention sinks of this stage: so many tokens from the first on stay visible outside of the window, in the full-attention layers that
+    the stage narrows. null: ``size.sink_tokens``. Refused with ``attention: dense``."""
     full_attention_layers: list[int] | None = None
-    """Layers, by index, that keep the window that the checkpoint gives them, without sinks. null: those of size.full_attention_layers."""
+    """Indices of layers that keep the window that the checkpoint gives them (dense for Qwen2), without sinks. null:
+    ``size.full_attention_layers``. Refused with ``attention: dense``."""
     mode: Mode = "none"
-    """What the inner loop does in training: none, static, meta or first_order."""
+    """What the inner loop does in training: ``none``, ``static``, ``meta`` or ``first_order`` (docs/method.md)."""
     updated_layers: list[int] | None = None
     """The TTT layers, by index, that learn while reading in this stage; null: all of the run's. The prime MLPs of the others are computed
-    and trained, but never updated inside: so a stage may begin with some layers, and a later one convert the rest."""
+    and trained, but never updated inside: a stage may begin with Gemma's global layers, and a later one convert local ones too. For modes
+    that update."""
     context: Context = "short"
-    """Length of the training sequences, and the data set they come from."""
+    """``short`` or ``long``: length of the training sequences, and the data set they come from."""
     share: float | None = None
-    """Share of the run's budget. null: what the other stages leave (one stage at most)."""
+    """Share of the run's budget; null: what the other stages leave (one stage at most). Shares of the enabled stages sum to 1."""
     carry: Literal["all", "params"] = "params"
     """``params``: the optimiser starts afresh. ``all``: its moments and step counts are carried from the stage before."""
     lr: float = 3e-4
     """Peak outer learning rate of everything that was imported; in a run from random weights, of everything."""
     new_lr: float | None = None
-    """Peak outer learning rate of what the run adds to an imported model: prime MLPs with their norms, learned sinks. null: ``lr``."""
+    """Peak outer learning rate of what the run adds to an imported model: prime MLPs with their norms, learned sinks. null: ``lr``. Refused
+    in a run from random weights, and in a stage that trains nothing new."""
     teacher_kl: float = 0.0
-    """Weight of KL(imported model ‖ network) per token, added to the loss: the imported dense model, frozen, reads the same tokens. For
-    modes ``none`` and ``static``. 0: no teacher."""
+    """Weight of KL(imported model ‖ network) per token, added to the loss: the imported dense model, frozen, reads the same tokens
+    (docs/method.md). 0: no teacher. For modes ``none`` and ``static``; refused in a run from random weights, or from another run's
+    checkpoint."""
     schedule: LRSchedule = field(default_factory=lambda: LRSchedule(warmup_share=0.1))
-    """Outer learning rate over the share of the stage's budget that is spent."""
+    """``LRSchedule``: outer learning rate over the spent share of the stage's budget."""
     inner_schedule: InnerLRSchedule = field(default_factory=InnerLRSchedule)
-    """Inner learning rate over the share of the stage's budget that is spent. For modes that update."""
+    """``InnerLRSchedule``: inner learning rate over the same share. For modes that update: an experiment that takes the updates from a
+    stage sets it back to the default, too."""
 
     def __post_init__(self) -> None:
         if not 0 < self.window_share <= 1:
@@ -124,18 +129,18 @@ class SizeConfig:
     short: int = 8192
     """The short context."""
     long: int = 32768
-    """The long context."""
+    """The long context; at least ``short``."""
     chunk: int = 1024
-    """Inner mini-batch."""
+    """Inner mini-batch. It must divide the context of every stage that updates, and be smaller."""
     window: int = 8192
-    """Sliding window at window_share 1."""
+    """Sliding window at ``window_share`` 1."""
     sink_tokens: int = 0
-    """Tokens from the first on that stay visible, at their true distance, in every full-attention layer that a stage narrows (attention
-    sinks)."""
+    """Attention sinks: so many tokens from the first on stay visible, at their true distance, in every full-attention layer that a stage
+    narrows. ``configs/base.yaml`` sets 4 for every arm."""
     full_attention_layers: list[int] = field(default_factory=list)
-    """Layers, by index, that no stage narrows."""
+    """Indices of layers that no stage narrows."""
     tokens_per_step: int = 524288
-    """Tokens of one optimiser step over all ranks, the same in every stage of every arm."""
+    """Tokens of one optimiser step over all ranks, the same in every stage of every arm; whole sequences on every device."""
     micro_batch_tokens: int = 32768
     """Tokens that one device reads at a time; at least one sequence."""
 

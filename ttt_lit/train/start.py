@@ -26,17 +26,19 @@ class StartConfig:
     """The weights that a run begins with."""
 
     init_from: str
-    """Folder of a checkpoint of ours (python cli.py import makes one). With ``init: scratch`` only its shape and tokenizer are used,
+    """Folder of a checkpoint of ours (``python cli.py import`` makes one). With ``init: scratch`` only its shape and tokenizer are used,
     and a Hugging Face config.json does as well."""
     init: Literal["checkpoint", "scratch"] = "checkpoint"
     """``checkpoint``: its weights. ``scratch``: random weights of the same shape."""
     load: Literal["params", "all"] = "params"
-    """``params``: weights only. ``all``: the optimiser's moments too; refused unless every shape matches."""
+    """``params``: weights only. ``all``: the optimiser's moments too; refused unless every shape matches, and unless the first stage has
+    ``carry: all``."""
     tokenizer: str | None = None
-    """Folder of the tokenizer, where ``init_from`` is a config.json."""
+    """Folder of the tokenizer, where ``init_from`` is a config.json; refused elsewhere."""
     sink_logits: bool = False
-    """Whether every layer that the imported model gives full attention has a learned sink for each query head, zero at first. A checkpoint
-    that has them already keeps them."""
+    """Give every layer that the imported model lets see everything a learned sink for each query head (docs/method.md); zero, without
+    effect, at first. A checkpoint that has them already keeps them. Such a model cannot be exported. Not for heads with scores far below
+    zero, as Qwen2.5-0.5B has: their first gradient is not finite, and the run stops (docs/log.md)."""
     std: float = 0.02
     """Standard deviation of random matrices."""
     seed: int = 0

@@ -31,11 +31,14 @@ class InnerLoop:
     """How the model learns while it reads."""
 
     lr: float = 1.0
-    """Step size. Of ``normalised``: the length of the step over all fast weights of a sequence."""
+    """Step size; with ``rule: normalised`` the length of the step over all fast weights of a sequence. A property of the weights: the
+    published 1.0 is for models trained with it from the start."""
     clip: float = 1.0
-    """Limit on the global norm of one sequence's inner gradient over all fast weights. 0: no clipping."""
+    """Limit on the global norm of one sequence's inner gradient over all fast weights; 0: no clipping. Refused with ``rule:
+    normalised``."""
     rule: InnerRule = "sgd"
-    """``sgd``: the clipped gradient times the rate. ``normalised``: the gradient's direction times the rate, no clip."""
+    """``sgd``: the clipped gradient times the rate. ``normalised``: the gradient's direction times the rate, whatever its norm
+    (docs/method.md)."""
 
     def __post_init__(self) -> None:
         if not (self.lr >= 0 and self.clip >= 0):

@@ -14,15 +14,16 @@ class EngineConfig:
     """Memory against computation. All settings give the same gradient up to rounding."""
 
     recompute_blocks: bool = True
-    """Keep of every block that reads whole sequences its input alone, and run it again in the backward. false: keep its graph."""
+    """Keep of every block that reads whole sequences its input alone, and run it again in the backward. ``false``: keep its graph."""
     fast_weights: FastWeightStorage = "every"
-    """How the fast weights of all chunks are kept for the backward. `every`: each chunk's copy. `factors`: the updates as products of
-    chunk-sized factors, undone backwards. `two_level`: a copy every sqrt(chunks) chunks, the steps between taken again. `offload`: each
-    chunk's copy in the memory of the host."""
+    """How the fast weights of all chunks are kept for the backward. ``every``: each chunk's copy. ``factors``: the updates as factors,
+    undone backwards. ``two_level``: a copy every sqrt(chunks) chunks, the steps between taken again. ``offload``: each chunk's copy in host
+    memory."""
     residual_gib: float = 0.0
-    """GiB on each device for results of matrix products in the suffix; the rest is computed again. `.inf`: keep all."""
+    """GiB on each device for results of the suffix's matrix products; the rest is computed again. ``.inf`` keeps all."""
     compile: bool | None = None
-    """Whether torch.compile builds the functions of a suffix layer. null: on CUDA yes, elsewhere no."""
+    """Whether ``torch.compile`` builds the layers' functions. null: on CUDA yes, elsewhere no. Without a compiler there is one warning, and
+    nothing is compiled. Its time has an account of its own."""
 
     def __post_init__(self) -> None:
         if self.fast_weights not in get_args(FastWeightStorage):

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ttt_lit.record.schema import Headline, Role, RunRecord, Validation
+from ttt_lit.record.measured import Validation
+from ttt_lit.record.schema import Headline, Role, RunRecord
 
 Account = Literal["marginal", "with_parents"]
 ACCOUNTS: tuple[Account, ...] = ("marginal", "with_parents")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ttt_lit.record.schema import Ceiling, RunRecord
+from ttt_lit.record.measured import Ceiling
+from ttt_lit.record.schema import RunRecord
 from ttt_lit.verdict.arm import Arm
 from ttt_lit.verdict.findings import window_of
 

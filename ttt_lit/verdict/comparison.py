@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ttt_lit.record.schema import Ceiling, EvaluationPoint, Headline, Role, RunRecord, Validation
+from ttt_lit.record.measured import Ceiling, EvaluationPoint, Validation
+from ttt_lit.record.schema import Headline, Role, RunRecord
 from ttt_lit.verdict.arm import Account, Arm, gpu_hours
 from ttt_lit.verdict.ceiling import share_of_ceiling
 from ttt_lit.verdict.formats import nats

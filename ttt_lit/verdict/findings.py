@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ttt_lit.record.schema import Bucket, RunRecord, Stage, Validation
+from ttt_lit.record.measured import Bucket, Validation
+from ttt_lit.record.schema import RunRecord, Stage
 
 MIN_EFFECT = 0.01
 """Nats per token; the gate of the study."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from ttt_lit.record.schema import Ceiling, Headline
+from ttt_lit.record.measured import Ceiling
+from ttt_lit.record.schema import Headline
 from ttt_lit.verdict.arm import Arm
 from ttt_lit.verdict.ceiling import arm_windows
 from ttt_lit.verdict.comparison import MAX_DELTA, Comparison, compare
