@@ -39,7 +39,7 @@ class Heartbeat(L.Callback):
             return
         total, report = module.ledger.total(), module.report
         tokens, seconds = _planned(module)
-        spent = total.tokens / tokens if tokens is not None else total.seconds["compute"] / (seconds or math.inf)
+        spent = total.tokens / tokens if tokens is not None else total.gpu_seconds["compute"] / (seconds or math.inf)
         loss = None if report is None or not math.isfinite(report.loss) else float(report.loss)
         Progress(
             stage=module.plan.name,
@@ -49,7 +49,7 @@ class Heartbeat(L.Callback):
             planned_gpu_seconds=seconds,
             fraction=min(1.0, spent),
             loss=loss,
-            gpu_seconds=total.seconds["compute"],
+            gpu_seconds=total.gpu_seconds["compute"],
             devices=module.ledger.devices,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         ).write(Path(trainer.default_root_dir))

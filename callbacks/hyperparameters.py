@@ -14,13 +14,13 @@ class Hyperparameters(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, module: TTTModule) -> None:  # type: ignore[override]
         results = module.history.stage(module.plans[-1].name).validations
-        final = [entry for entry in results if entry["inner"] == module.headline]
+        final = [entry for entry in results if entry.inner == module.headline]
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger) or not final:
             return
         values = {
-            metrics.FINAL_LOSS: final[0]["nats_per_token"],
-            metrics.FINAL_BITS_PER_BYTE: final[0]["bits_per_byte"],
-            metrics.FINAL_GPU_HOURS: module.ledger.total().seconds["compute"] / 3600,
+            metrics.FINAL_LOSS: final[0].nats_per_token,
+            metrics.FINAL_BITS_PER_BYTE: final[0].bits_per_byte,
+            metrics.FINAL_GPU_HOURS: module.ledger.total().gpu_seconds["compute"] / 3600,
         }
         # "." keeps them in the run's own folder: any other name would be a run of its own beside it.
         trainer.logger.experiment.add_hparams(_settings(module), values, run_name=".")

@@ -9,6 +9,7 @@ import torch
 
 from ttt_lit import metrics
 from ttt_lit.metrics import Inner
+from ttt_lit.record.measured import EvaluationPoint
 from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.module import TTTModule
 
@@ -47,19 +48,19 @@ class PeriodicEvaluation(L.Callback):
         losses = {inner: result.nats_per_token for inner, result in evaluation.compute().items()}
         total = module.ledger.total()
         module.history.evaluations.append(
-            {
-                "stage": module.plan.name,
-                "tokens": total.tokens,
-                "gpu_seconds": total.seconds["compute"],
-                "inner_on": losses.get("on"),
-                "inner_off": losses.get("off"),
-            }
+            EvaluationPoint(
+                stage=module.plan.name,
+                tokens=total.tokens,
+                gpu_seconds=total.gpu_seconds["compute"],
+                inner_on=losses.get("on"),
+                inner_off=losses.get("off"),
+            )
         )
         if trainer.is_global_zero and trainer.logger is not None:
             for inner, loss in losses.items():
                 name = metrics.val_loss(inner)
                 trainer.logger.log_metrics({metrics.on_tokens_axis(name): loss}, step=total.tokens)
-                step = metrics.gpu_hours_step(total.seconds["compute"])
+                step = metrics.gpu_hours_step(total.gpu_seconds["compute"])
                 trainer.logger.log_metrics({metrics.on_gpu_hours_axis(name): loss}, step=step)
         return losses
 

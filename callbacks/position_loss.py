@@ -12,7 +12,7 @@ from ttt_lit import metrics
 from ttt_lit.metrics import Inner, position_buckets
 from ttt_lit.report.position_loss import Curve, save_position_figure
 from ttt_lit.train.divergence import stop_unless_finite
-from ttt_lit.train.evaluation import validation_entry
+from ttt_lit.train.evaluation import validation
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.position import PositionResult, bucket_means
 
@@ -28,7 +28,7 @@ class PositionLossLogger(L.Callback):
         results = module.evaluation.compute()
         stage = module.history.stage(module.plan.name)
         stage.validations = [
-            validation_entry(inner, result) | {"curve": f"curves/{module.plan.name}_{inner}.npy"}
+            validation(inner, result, curve=f"curves/{module.plan.name}_{inner}.npy")
             for inner, result in results.items()
         ]
         if trainer.is_global_zero:
@@ -62,8 +62,8 @@ class PositionLossLogger(L.Callback):
         for plan in module.plans:
             stage = module.history.stages.get(plan.name)
             for entry in stage.validations if stage is not None else ():
-                values = np.load(run / entry["curve"])
-                curves.append(Curve(stage=plan.name, inner=entry["inner"], losses=values.tolist()))
+                values = np.load(run / f"curves/{plan.name}_{entry.inner}.npy")
+                curves.append(Curve(stage=plan.name, inner=entry.inner, losses=values.tolist()))
         windows = {plan.window for plan in module.plans if plan.window is not None}
         window = windows.pop() if len(windows) == 1 else None
         save_position_figure(curves, run / "position_loss", window=window)

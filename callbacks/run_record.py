@@ -16,15 +16,15 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ttt_lit.metrics import position_buckets
 from ttt_lit.ops.attention import kernels_that_ran
-from ttt_lit.record import measured, schema
+from ttt_lit.record import schema
 from ttt_lit.record.codec import NotFinite
+from ttt_lit.record.measured import Ceiling, Imported, Norms, Throughput
 from ttt_lit.train.divergence import Diverged
+from ttt_lit.train.evaluation import bucketed
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import parents
-from ttt_lit.train.position import bucket_means
-from ttt_lit.train.stages import StagePlan
+from ttt_lit.train.stages import Context, StagePlan
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "litdata", "safetensors", "numpy")
 
@@ -119,14 +119,14 @@ class RunRecorder(L.Callback):
             data=_data(module),
             environment=_environment(trainer),
             git=_git(),
-            start_validation=_validation(begun) if (begun := module.history.start_validation) is not None else None,
+            start_validation=module.history.start_validation,
             imported=[_imported(module, context, curve) for context, curve in module.history.imported.items()],
             stages=[self._stage(module, plan) for plan in module.plans],
-            evaluations=[measured.EvaluationPoint(**point) for point in module.history.evaluations],
-            totals=_spent(module.ledger.total()),
+            evaluations=module.history.evaluations,
+            totals=module.ledger.total(),
             unigram_entropy=self.unigram_entropy,
             parents=[schema.Parent(**parent) for parent in parents(start.origin.lineage)],
-            ceiling=[measured.Ceiling(**ceiling) for ceiling in module.ceiling],
+            ceiling=[Ceiling(**ceiling) for ceiling in module.ceiling],
         )
         record.write(_path(trainer))
 
@@ -141,25 +141,23 @@ class RunRecorder(L.Callback):
             planned=schema.Planned(
                 optimizer_steps=plan.budget.steps, tokens=plan.tokens, gpu_seconds=plan.budget.seconds
             ),
-            spent=_spent(spent),
+            spent=spent,
             carry=plan.config.carry,
         )
         if seen is None:
             return stage
-        if seen.transition is not None:
-            stage.transition = _transition(seen.transition, plan)
+        stage.transition = seen.transition
         if seen.losses:
             last = seen.losses[-max(1, len(seen.losses) // 10) :]
             stage.train_loss_first = seen.losses[0]
             stage.train_loss_mean = sum(seen.losses) / len(seen.losses)
             stage.train_loss_last_tenth = sum(last) / len(last)
             stage.train_losses, stage.train_gpu_seconds = list(seen.losses), list(seen.gpu_seconds)
-        stage.validations = [_validation(entry) for entry in seen.validations]
-        stage.damage = [measured.Damage(**entry) for entry in seen.damage]
+        stage.validations, stage.damage = seen.validations, seen.damage
         if seen.norm_range:
             by_chunk = seen.update_norm_by_chunk
             low, high, last_norm = seen.norm_range
-            stage.inner_update_norms = measured.Norms(
+            stage.inner_update_norms = Norms(
                 mean=sum(by_chunk) / len(by_chunk),
                 minimum=low,
                 maximum=high,
@@ -167,10 +165,10 @@ class RunRecorder(L.Callback):
                 count=len(seen.losses) * len(by_chunk),
                 by_chunk=by_chunk,
             )
-        wall = spent.seconds["compute"] / module.ledger.devices
+        wall = spent.gpu_seconds["compute"] / module.ledger.devices
         if wall > 0 and spent.tokens and plan.name in self.flops:
             rate = spent.tokens / wall
-            stage.throughput = measured.Throughput(
+            stage.throughput = Throughput(
                 tokens_per_second=rate,
                 seconds_per_1k_tokens=1000 / rate,
                 flop_per_token=self.flops[plan.name],
@@ -219,23 +217,14 @@ def _spelt(config: Any) -> Any:
     return config
 
 
-def _validation(entry: dict[str, Any]) -> measured.Validation:
-    buckets = [measured.Bucket(**bucket) for bucket in entry["buckets"]]
-    documents = [measured.Document(**document) for document in entry["documents"]]
-    return measured.Validation(**entry | {"buckets": buckets, "documents": documents})
-
-
-def _imported(module: TTTModule, context: str, curve: list[float]) -> measured.Imported:
-    blocks, ranges = module.validation.damage_blocks, position_buckets(len(curve))
-    means = bucket_means(torch.tensor(curve, dtype=torch.float64), ranges)
-    return measured.Imported(
-        context="short" if context == "short" else "long",
+def _imported(module: TTTModule, context: Context, curve: list[float]) -> Imported:
+    blocks = module.validation.damage_blocks
+    return Imported(
+        context=context,
         blocks=blocks,
         tokens=blocks * len(curve),
         nats_per_token=sum(curve) / len(curve),
-        buckets=[
-            measured.Bucket(start=a, stop=b, nats_per_token=mean) for (a, b), mean in zip(ranges, means, strict=True)
-        ],
+        buckets=bucketed(torch.tensor(curve, dtype=torch.float64)),
     )
 
 
@@ -245,28 +234,6 @@ def _data(module: TTTModule) -> schema.Data:
         tokenizer=module.start.origin.tokenizer_hash,
         short=module.datamodule.identity("short") if reads_short else None,
         long=module.datamodule.identity("long"),
-    )
-
-
-def _transition(proof: dict[str, Any], plan: StagePlan) -> measured.Transition:
-    sinks = f" with {plan.sink_tokens} sinks" if plan.sink_tokens else ""
-    attention = "attention as imported" if plan.window is None else f"window {plan.window}{sinks}"
-    return measured.Transition(
-        kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
-        preserves=proof["preserves"],
-        before=proof["before"],
-        after=proof["after"],
-        tolerance=proof["tolerance"],
-    )
-
-
-def _spent(spent: Any) -> schema.Spent:
-    return schema.Spent(
-        optimizer_steps=spent.optimizer_steps,
-        micro_batches=spent.micro_batches,
-        tokens=spent.tokens,
-        bytes=spent.bytes,
-        gpu_seconds=dict(spent.seconds),
     )
 
 

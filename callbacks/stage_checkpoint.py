@@ -86,7 +86,7 @@ class StageCheckpoint(L.Callback, ResumeWriter):
                     "run": module.run.id,
                     "stage": module.plan.name,
                     # What the weights have cost so far: a run that starts from them counts its parents.
-                    "gpu_seconds": round(total.seconds["compute"], 3),
+                    "gpu_seconds": round(total.gpu_seconds["compute"], 3),
                     "tokens": total.tokens,
                     # An export claims at least as many positions.
                     "context": max(plan.context for plan in module.plans[: module.entered + 1]),

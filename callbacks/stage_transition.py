@@ -36,7 +36,7 @@ class StageTransition(L.Callback):
         plan = module.plans[index]
         with module.ledger.account("validation"):
             proof = self._prove(module, index)
-        module.history.stage(plan.name).transition = proof.to_dict()
+        module.history.stage(plan.name).transition = proof.record(plan)
         # A conversion that must preserve the function and gives no number is wrong itself; that is said below.
         for when, loss in (("before", proof.before), *(() if proof.preserves else (("after", proof.after),))):
             what = f"loss of a fixed batch {when} the transition into stage {plan.name}"

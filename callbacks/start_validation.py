@@ -3,15 +3,14 @@ on those that damage is measured on, if it is an imported model."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
 
 from ttt_lit.model.spec import Mode
+from ttt_lit.record.measured import Validation
 from ttt_lit.train.damage import position_curves
 from ttt_lit.train.divergence import stop_unless_finite
-from ttt_lit.train.evaluation import validation_entry
+from ttt_lit.train.evaluation import validation
 from ttt_lit.train.module import TTTModule
 
 
@@ -26,8 +25,8 @@ class StartValidation(L.Callback):
         mode: Mode = "static" if module.came_with_prime else "none"
         with module.ledger.account("validation"):
             entry = module.history.start_validation = self._measure(trainer, module, mode)
-            losses = {entry["inner"]: entry["nats_per_token"]}
-            stop_unless_finite(trainer, module, "start validation loss", context=entry["context"], losses=losses)
+            losses = {entry.inner: entry.nats_per_token}
+            stop_unless_finite(trainer, module, "start validation loss", context=entry.context, losses=losses)
             for context in module.damage_contexts:
                 curve = position_curves(trainer, module, context, {"off": "none"})["off"]
                 losses, tokens = {"off": float(curve.mean())}, len(curve)
@@ -35,7 +34,7 @@ class StartValidation(L.Callback):
                 module.history.imported[context] = curve.tolist()
 
     @torch.no_grad()
-    def _measure(self, trainer: L.Trainer, module: TTTModule, mode: Mode) -> dict[str, Any]:
+    def _measure(self, trainer: L.Trainer, module: TTTModule, mode: Mode) -> Validation:
         evaluation = module.new_evaluation().to(module.device)
         request = module.validation_request()
         for batch in module.datamodule.open(request, rank=trainer.global_rank, world_size=trainer.world_size):
@@ -43,4 +42,4 @@ class StartValidation(L.Callback):
             with trainer.precision_plugin.val_step_context():
                 nll = module.read(tokens, mode=mode, inner_lr=0.0).token_nll
             module.add_losses(evaluation, {"off": nll}, batch)
-        return validation_entry("off", evaluation.metrics["off"].compute())  # type: ignore[operator]
+        return validation("off", evaluation.metrics["off"].compute())  # type: ignore[operator]

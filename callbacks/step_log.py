@@ -44,7 +44,7 @@ class StepLog(L.Callback):
         report = module.report
         assert report is not None
         stage = module.history.stage(module.plan.name)
-        stage.add_step(report, module.ledger.total().seconds["compute"])
+        stage.add_step(report, module.ledger.total().gpu_seconds["compute"])
         stage.peak_gib = max(stage.peak_gib, peak_memory_gib(module.device))
         # The bar shows the loss of the whole step over all ranks, not the last micro-batch's.
         module.log("loss", report.loss, prog_bar=True, logger=False, on_step=True, on_epoch=False)
@@ -71,11 +71,11 @@ class StepLog(L.Callback):
         values |= self._throughput(module)
         total = module.ledger.total()
         values |= {metrics.TOKENS: float(total.tokens), metrics.BYTES: float(total.bytes)}
-        values |= {metrics.gpu_seconds(account): seconds for account, seconds in total.seconds.items()}
+        values |= {metrics.gpu_seconds(account): seconds for account, seconds in total.gpu_seconds.items()}
         logger.log_metrics(values, step=trainer.global_step)
         axes = {
             metrics.on_tokens_axis(metrics.TRAIN_LOSS): total.tokens,
-            metrics.on_gpu_hours_axis(metrics.TRAIN_LOSS): metrics.gpu_hours_step(total.seconds["compute"]),
+            metrics.on_gpu_hours_axis(metrics.TRAIN_LOSS): metrics.gpu_hours_step(total.gpu_seconds["compute"]),
         }
         for name, step in axes.items():
             logger.log_metrics({name: report.loss}, step=step)
@@ -94,7 +94,7 @@ class StepLog(L.Callback):
 
     def _now(self, module: TTTModule) -> tuple[float, int]:
         spent = module.ledger.spent(module.plan.name)
-        return spent.seconds["compute"] / module.ledger.devices, spent.tokens
+        return spent.gpu_seconds["compute"] / module.ledger.devices, spent.tokens
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -89,7 +89,7 @@ def test_the_time_is_no_training(world, tmp_path, monkeypatch):
     parts.trainer.callbacks.insert(0, clock)
     parts.trainer.fit(parts.module, datamodule=parts.data)
     # Both contexts: the imported model, the stage's start, its end.
-    assert parts.module.ledger.spent("C").seconds == {"compute": 0, "validation": 6, "checkpoint": 0, "compile": 0}
+    assert parts.module.ledger.spent("C").gpu_seconds == {"compute": 0, "validation": 6, "checkpoint": 0, "compile": 0}
 
 
 def test_a_window_alone_damages_what_lies_beyond_it_and_nothing_inside(bridge):

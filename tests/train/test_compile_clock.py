@@ -27,11 +27,11 @@ def test_time_of_a_compilation_is_booked_on_compile_and_what_follows_on_the_acco
     clock = CompileClock(ledger)
     with ledger.account("validation"):
         torch.compile(lambda x: x.sin() + 1, backend="eager")(torch.ones(2))
-        booked = ledger.spent("C").seconds
+        booked = ledger.spent("C").gpu_seconds
         assert booked["compile"] > 0
         ledger.spent("C")
     clock.detach()
-    after = ledger.spent("C").seconds
+    after = ledger.spent("C").gpu_seconds
     assert after["compile"] == booked["compile"]
     assert after["validation"] > booked["validation"]
 
@@ -41,7 +41,7 @@ def test_detached_it_hears_nothing(ledger):
     CompileClock(ledger).detach()
     assert registered() == before
     torch.compile(lambda x: x.cos() - 1, backend="eager")(torch.ones(2))
-    assert ledger.spent("C").seconds["compile"] == 0
+    assert ledger.spent("C").gpu_seconds["compile"] == 0
 
 
 def test_a_compilation_outside_of_stages_is_on_no_account():
@@ -49,4 +49,4 @@ def test_a_compilation_outside_of_stages_is_on_no_account():
     clock = CompileClock(ledger)
     torch.compile(lambda x: x.exp() * 2, backend="eager")(torch.ones(2))
     clock.detach()
-    assert ledger.total().seconds["compile"] == 0
+    assert ledger.total().gpu_seconds["compile"] == 0

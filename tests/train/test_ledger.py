@@ -1,5 +1,6 @@
 """The ledger: every second in exactly one account, nothing lost across resume. The clock is ours."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from ttt_lit.metrics import ACCOUNTS
 from ttt_lit.train.budget import StageBudget
-from ttt_lit.train.ledger import Ledger, Spent
+from ttt_lit.train.ledger import Ledger, nothing
 
 
 class Clock:
@@ -39,10 +40,10 @@ def test_time_goes_to_one_account_and_is_multiplied_by_devices(clock):
             clock.now += 1
         clock.now += 2
     clock.now += 5
-    assert ledger.spent("B2").seconds == seconds(compute=32.0, validation=16.0, checkpoint=4.0)
+    assert ledger.spent("B2").gpu_seconds == seconds(compute=32.0, validation=16.0, checkpoint=4.0)
     ledger.stop()
     clock.now += 1000
-    assert ledger.total().seconds == seconds(compute=32.0, validation=16.0, checkpoint=4.0)
+    assert ledger.total().gpu_seconds == seconds(compute=32.0, validation=16.0, checkpoint=4.0)
 
 
 def test_paired_hooks_can_switch_and_hand_back(clock):
@@ -52,7 +53,7 @@ def test_paired_hooks_can_switch_and_hand_back(clock):
     clock.now += 7
     ledger.switch(previous)
     clock.now += 1
-    assert ledger.spent("C").seconds == seconds(compile=7.0, compute=1.0)
+    assert ledger.spent("C").gpu_seconds == seconds(compile=7.0, compute=1.0)
 
 
 def test_an_exception_inside_an_account_hands_the_clock_back(clock):
@@ -67,7 +68,7 @@ def test_an_exception_inside_an_account_hands_the_clock_back(clock):
     with pytest.raises(KeyError):
         fail_during_validation()
     clock.now += 2
-    assert ledger.spent("C").seconds == seconds(validation=1.0, compute=2.0)
+    assert ledger.spent("C").gpu_seconds == seconds(validation=1.0, compute=2.0)
 
 
 def test_a_stage_start_inside_an_account_does_not_leak_it(clock):
@@ -77,8 +78,8 @@ def test_a_stage_start_inside_an_account_does_not_leak_it(clock):
     clock.now += 1
     ledger.start_stage("B2")
     clock.now += 2
-    assert ledger.spent("B1").seconds == seconds(validation=1.0)
-    assert ledger.spent("B2").seconds == seconds(compute=2.0)
+    assert ledger.spent("B1").gpu_seconds == seconds(validation=1.0)
+    assert ledger.spent("B2").gpu_seconds == seconds(compute=2.0)
     with ledger.account("checkpoint"):
         ledger.stop()
     assert ledger.stages() == ("B1", "B2")
@@ -107,7 +108,7 @@ def test_no_second_is_lost_or_counted_twice_across_any_resume(events):
             ledger.switch(event)
         clock.now += wait
         expected += 2 * wait
-    assert sum(ledger.total().seconds.values()) == expected
+    assert sum(ledger.total().gpu_seconds.values()) == expected
 
 
 def test_counts_per_stage_and_per_run_survive_resume(clock):
@@ -124,9 +125,22 @@ def test_counts_per_stage_and_per_run_survive_resume(clock):
     resumed.start_stage("C")
     resumed.count_micro_batch(tokens=7, num_bytes=20)
     resumed.count_optimizer_step()
-    assert resumed.spent("B2") == Spent(tokens=400, bytes=1320, optimizer_steps=1, micro_batches=4)
-    assert resumed.total() == Spent(tokens=414, bytes=1360, optimizer_steps=2, micro_batches=6)
+    assert resumed.spent("B2") == dataclasses.replace(
+        nothing(), tokens=400, bytes=1320, optimizer_steps=1, micro_batches=4
+    )
+    assert resumed.total() == dataclasses.replace(nothing(), tokens=414, bytes=1360, optimizer_steps=2, micro_batches=6)
     assert ledger.spent("C").tokens == 7
+
+
+def test_accounts_of_a_resume_file_with_the_older_name_are_read(clock):
+    ledger = Ledger(clock=clock)
+    ledger.start_stage("C")
+    clock.now += 5
+    state = ledger.state_dict()
+    state["stages"]["C"]["seconds"] = state["stages"]["C"].pop("gpu_seconds")
+    resumed = Ledger(clock=clock)
+    resumed.load_state_dict(state)
+    assert resumed.total() == ledger.total()
 
 
 def test_a_reading_does_not_change_with_the_ledger(clock):
@@ -136,7 +150,7 @@ def test_a_reading_does_not_change_with_the_ledger(clock):
     clock.now += 5
     ledger.count_optimizer_step()
     ledger.spent("C")
-    assert reading == Spent()
+    assert reading == nothing()
 
 
 def test_fractions_count_compute_only(clock):

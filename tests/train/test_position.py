@@ -1,5 +1,6 @@
 """Loss by position: exact sums, exact buckets."""
 
+import dataclasses
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def _measure_on_rank(rank, folder):
     mine = slice(2, 3) if rank == 0 else slice(0, 2)
     metric.update(ALL_LOSSES[mine], NUM_BYTES[mine], IDS[mine], IDS[mine] % 7)
     *result, documents = metric.compute()
-    torch.save((*result, [tuple(block) for block in documents]), f"{folder}/rank{rank}.pt")
+    torch.save((*result, [dataclasses.astuple(block) for block in documents]), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -71,7 +72,7 @@ def test_two_ranks_with_unequal_shares_report_what_one_process_reports(tmp_path)
         rank_curve, *rank_numbers, rank_documents = torch.load(tmp_path / f"rank{rank}.pt")
         assert torch.equal(rank_curve, curve)
         assert rank_numbers == numbers
-        assert rank_documents == [tuple(block) for block in documents]
+        assert rank_documents == [dataclasses.astuple(block) for block in documents]
 
 
 def test_every_block_is_reported_apart_and_sorted_by_its_id():
@@ -80,9 +81,9 @@ def test_every_block_is_reported_apart_and_sorted_by_its_id():
     metric.update(nll, torch.tensor([30, 20]), torch.tensor([9, 4]), torch.tensor([1, 2]))
     second, first = metric.compute().documents[::-1]
     assert (first.source, second.source) == (2, 1)
-    assert (first.id, first.num_bytes, first.nats_per_token, first.short) == ("000000000004", 20, 29.5, 22.0)
-    assert (second.id, second.num_bytes, second.nats_per_token, second.short) == ("000000000009", 30, 9.5, 2.0)
-    assert second.deciles == tuple(2 * tenth + 0.5 for tenth in range(10))
+    assert (first.id, first.bytes, first.nats_per_token, first.short) == ("000000000004", 20, 29.5, 22.0)
+    assert (second.id, second.bytes, second.nats_per_token, second.short) == ("000000000009", 30, 9.5, 2.0)
+    assert second.deciles == [2 * tenth + 0.5 for tenth in range(10)]
 
 
 def test_a_blocks_id_is_that_of_its_tokens_alone():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import lightning as L
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ttt_lit.convert.windowed import preserves_function
 from ttt_lit.metrics import DAMAGE_PARTS, Inner
 from ttt_lit.model.spec import Mode, ModelSpec
+from ttt_lit.record.measured import Damage
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.parallel import sum_over_ranks
 from ttt_lit.train.stages import Context, StagePlan
@@ -64,16 +64,19 @@ def damage(curve: Tensor, imported: Sequence[float], *, window: int | None) -> d
     return {name: mean if math.isfinite(mean := means.get(name, math.nan)) else None for name in DAMAGE_PARTS}
 
 
-def describe(entries: Sequence[dict[str, Any]], inner: Inner) -> str:
+def describe(entries: Sequence[Damage], inner: Inner) -> str:
     """For the console, in one setting of the inner loop: each context's damage at the start of a stage → at its end."""
-    found = {(entry["context"], entry["when"]): entry for entry in entries if entry["inner"] == inner}
+    found = {(entry.context, entry.when): entry for entry in entries if entry.inner == inner}
     said = []
     for context in dict.fromkeys(context for context, _ in found):
         start, end = found[context, "start"], found[context, "end"]
         inside, beyond, nats = (
-            " → ".join("not finite" if each[part] is None else f"{each[part]:+.3f}" for each in (start, end))
-            for part in DAMAGE_PARTS
+            " → ".join(_signed(getattr(each, part)) for each in (start, end)) for part in DAMAGE_PARTS
         )
-        spans = start["beyond"] is None and end["beyond"] is None
+        spans = start.beyond is None and end.beyond is None
         said.append(f"{context} {nats}" if spans else f"{context} {inside} inside the window, {beyond} beyond it")
     return "; ".join(said)
+
+
+def _signed(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:+.3f}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ttt_lit.metrics import Inner, position_buckets
 from ttt_lit.model.spec import Mode
+from ttt_lit.record.measured import Bucket, Validation
 from ttt_lit.train.position import PositionLoss, PositionResult, bucket_means
 
 
@@ -78,35 +79,27 @@ class Evaluation(nn.Module):
         return {inner: metric.compute() for inner, metric in measured}  # type: ignore[operator,misc]
 
 
-def validation_entry(inner: Inner, result: PositionResult) -> dict[str, Any]:
-    """One result as the plain data that a run keeps and its record shows."""
-    buckets = position_buckets(len(result.curve))
-    means = bucket_means(result.curve, buckets)
-    return {
-        "inner": inner,
-        "context": len(result.curve),
-        "nats_per_token": result.nats_per_token,
-        "bits_per_byte": result.bits_per_byte,
-        "blocks": result.blocks,
-        "tokens": result.tokens,
-        "bytes": result.num_bytes,
-        "buckets": [
-            {"start": start, "stop": stop, "nats_per_token": mean}
-            for (start, stop), mean in zip(buckets, means, strict=True)
-        ],
-        "documents": [
-            {
-                "id": block.id,
-                "source": block.source,
-                "bytes": block.num_bytes,
-                "nats_per_token": block.nats_per_token,
-                "short": block.short,
-                "deciles": list(block.deciles),
-            }
-            for block in result.documents
-        ],
-        "curve": None,
-    }
+def validation(inner: Inner, result: PositionResult, *, curve: str | None = None) -> Validation:
+    """One result as a record has it; ``curve`` names the array file with the loss at every position."""
+    return Validation(
+        inner=inner,
+        context=len(result.curve),
+        nats_per_token=result.nats_per_token,
+        bits_per_byte=result.bits_per_byte,
+        blocks=result.blocks,
+        tokens=result.tokens,
+        bytes=result.num_bytes,
+        buckets=bucketed(result.curve),
+        documents=list(result.documents),
+        curve=curve,
+    )
+
+
+def bucketed(curve: Tensor) -> list[Bucket]:
+    """Mean losses of a (T,) curve in ``position_buckets``."""
+    ranges = position_buckets(len(curve))
+    means = bucket_means(curve, ranges)
+    return [Bucket(start=a, stop=b, nats_per_token=mean) for (a, b), mean in zip(ranges, means, strict=True)]
 
 
 def evaluation_modes(training: Mode, *, has_inner_loop: bool) -> dict[Inner, Mode]:

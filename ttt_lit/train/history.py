@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from ttt_lit.record.codec import decode
+from ttt_lit.record.measured import Damage, EvaluationPoint, Transition, Validation
+from ttt_lit.train.stages import Context
 from ttt_lit.train.window import StepReport
 
 
 @dataclass
 class StageHistory:
-    """One stage; plain numbers, strings, lists and dicts throughout."""
+    """One stage: what its record is made from."""
 
-    transition: dict[str, Any] | None = None
+    transition: Transition | None = None
     losses: list[float] = field(default_factory=list)
     """Loss of every optimiser step, nats per token."""
     gpu_seconds: list[float] = field(default_factory=list)
@@ -21,9 +25,9 @@ class StageHistory:
     """Sum over steps of the mean ‖ΔW‖ of each inner step, in the order of the chunks."""
     norm_range: list[float] = field(default_factory=list)
     """Smallest, largest and last mean ‖ΔW‖ over an optimiser step's chunks."""
-    validations: list[dict[str, Any]] = field(default_factory=list)
-    damage: list[dict[str, Any]] = field(default_factory=list)
-    """At the stage's start and end, as the record has it."""
+    validations: list[Validation] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
+    """At the stage's start and end."""
     peak_gib: float = 0.0
 
     def add_step(self, report: StepReport, gpu_seconds: float) -> None:
@@ -49,25 +53,24 @@ class History:
     """All stages that have been entered, and the series measured while they ran."""
 
     stages: dict[str, StageHistory] = field(default_factory=dict)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    start_validation: dict[str, Any] | None = None
+    evaluations: list[EvaluationPoint] = field(default_factory=list)
+    start_validation: Validation | None = None
     """The start checkpoint, as it came."""
-    imported: dict[str, list[float]] = field(default_factory=dict)
+    imported: dict[Context, list[float]] = field(default_factory=dict)
     """Context → the imported model's mean loss at each position of the blocks that damage is measured on; empty: it is not measured."""
 
     def stage(self, name: str) -> StageHistory:
         return self.stages.setdefault(name, StageHistory())
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "stages": {name: dict(vars(stage)) for name, stage in self.stages.items()},
-            "evaluations": self.evaluations,
-            "start_validation": self.start_validation,
-            "imported": self.imported,
-        }
+        """Plain numbers, strings, lists and dicts."""
+        return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stages = {name: StageHistory(**stage) for name, stage in state["stages"].items()}
-        self.evaluations = list(state["evaluations"])
-        self.start_validation = state["start_validation"]
-        self.imported = dict(state["imported"])
+        """Inverse of ``state_dict``. Of a proof whatever the record does not hold is dropped: older files have more."""
+        names = {each.name for each in dataclasses.fields(Transition)}
+        stages = {name: dict(stage) for name, stage in state["stages"].items()}
+        for stage in stages.values():
+            if stage["transition"] is not None:
+                stage["transition"] = {"kind": ""} | {k: v for k, v in stage["transition"].items() if k in names}
+        vars(self).update(vars(decode(History, state | {"stages": stages}, "history", True)))

@@ -13,34 +13,30 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from ttt_lit.metrics import ACCOUNTS, Account
+from ttt_lit.record.schema import Spent
 from ttt_lit.train.budget import StageBudget
 
 _FORMAT = 1
 
 
-@dataclass(kw_only=True)
-class Spent:
-    """What a stage (or a whole run) has consumed."""
+def nothing() -> Spent:
+    """A zero in every account."""
+    return Spent(gpu_seconds=dict.fromkeys(ACCOUNTS, 0.0))
 
-    tokens: int = 0
-    bytes: int = 0
-    optimizer_steps: int = 0
-    micro_batches: int = 0
-    seconds: dict[Account, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(ACCOUNTS, 0.0))
-    """Device-seconds per account."""
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            tokens=self.tokens + other.tokens,
-            bytes=self.bytes + other.bytes,
-            optimizer_steps=self.optimizer_steps + other.optimizer_steps,
-            micro_batches=self.micro_batches + other.micro_batches,
-            seconds={account: self.seconds[account] + other.seconds[account] for account in ACCOUNTS},
-        )
+def added(one: Spent, other: Spent) -> Spent:
+    """The sum, account by account."""
+    return Spent(
+        tokens=one.tokens + other.tokens,
+        bytes=one.bytes + other.bytes,
+        optimizer_steps=one.optimizer_steps + other.optimizer_steps,
+        micro_batches=one.micro_batches + other.micro_batches,
+        gpu_seconds={account: one.gpu_seconds[account] + other.gpu_seconds[account] for account in ACCOUNTS},
+    )
 
 
 class Ledger:
@@ -64,7 +60,7 @@ class Ledger:
     def start_stage(self, name: str) -> None:
         """Close the stage that runs, if any, and start ``name`` on ``compute``; a known stage (resume) is continued."""
         self._settle()
-        self._stages.setdefault(name, Spent())
+        self._stages.setdefault(name, nothing())
         self._stage, self._account, self._since = name, "compute", self._clock()
 
     def stop(self) -> None:
@@ -107,12 +103,12 @@ class Ledger:
     def spent(self, stage: str) -> Spent:
         """A copy of one stage's accounts up to now; zeros for a stage that has not started."""
         self._settle()
-        return Spent() + self._stages.get(stage, Spent())
+        return added(nothing(), self._stages.get(stage, nothing()))
 
     def total(self) -> Spent:
         """The run's accounts: the sum over its stages."""
         self._settle()
-        return sum(self._stages.values(), Spent())
+        return reduce(added, self._stages.values(), nothing())
 
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that have started, in that order."""
@@ -121,7 +117,7 @@ class Ledger:
     def spent_fraction(self, stage: str, budget: StageBudget) -> float:
         """Share of the stage's budget that is spent: optimiser steps, or compute seconds (may pass 1 by a step)."""
         spent = self.spent(stage)
-        return budget.fraction(optimizer_steps=spent.optimizer_steps, compute_seconds=spent.seconds["compute"])
+        return budget.fraction(optimizer_steps=spent.optimizer_steps, compute_seconds=spent.gpu_seconds["compute"])
 
     def stage_spent(self, stage: str, budget: StageBudget) -> bool:
         """Whether nothing is left. Ask only at optimiser-step boundaries."""
@@ -138,13 +134,14 @@ class Ledger:
             raise ValueError(
                 f"Ledger: got state of format {state.get('format')!r}, expected {_FORMAT}; start the run anew"
             )
-        stages = {name: Spent(**spent) for name, spent in state["stages"].items()}
-        for name, spent in stages.items():
-            if set(spent.seconds) != set(ACCOUNTS):
-                raise ValueError(
-                    f"Ledger: stage {name} has accounts {sorted(spent.seconds)}, expected {sorted(ACCOUNTS)}"
-                )
-            spent.seconds = dict(spent.seconds)
+        stages = {}
+        for name, saved in state["stages"].items():
+            # Runs begun before the record and the ledger shared one type have the older name.
+            seconds = saved.get("gpu_seconds", saved.get("seconds"))
+            if set(seconds) != set(ACCOUNTS):
+                raise ValueError(f"Ledger: stage {name} has accounts {sorted(seconds)}, expected {sorted(ACCOUNTS)}")
+            counts = {key: value for key, value in saved.items() if key not in ("seconds", "gpu_seconds")}
+            stages[name] = Spent(**counts, gpu_seconds=dict(seconds))
         self._stage = None
         self._stages = stages
 
@@ -157,5 +154,5 @@ class Ledger:
         if self._stage is None:
             return
         now = self._clock()
-        self._stages[self._stage].seconds[self._account] += (now - self._since) * self.devices
+        self._stages[self._stage].gpu_seconds[self._account] += (now - self._since) * self.devices
         self._since = now

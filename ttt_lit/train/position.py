@@ -14,23 +14,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ttt_lit.record.measured import Document
+
 DECILES = 10
 _ID_BITS = 48  # exact in float64, in which ranks exchange their rows
-
-
-class BlockLoss(NamedTuple):
-    """One block's losses in nats per token."""
-
-    id: str
-    """Of its tokens; see ``block_ids``."""
-    source: int
-    """The document it was cut from, numbered in its split."""
-    num_bytes: int
-    nats_per_token: float
-    short: float
-    """Mean over the positions of the short context."""
-    deciles: tuple[float, ...]
-    """Mean over each tenth of the positions."""
 
 
 class PositionResult(NamedTuple):
@@ -42,7 +29,7 @@ class PositionResult(NamedTuple):
     blocks: int
     tokens: int
     num_bytes: int
-    documents: tuple[BlockLoss, ...]
+    documents: tuple[Document, ...]
     """Every block, sorted by id: the same for any number of ranks."""
 
 
@@ -113,11 +100,18 @@ class PositionLoss(Metric):
             documents=self._documents(),
         )
 
-    def _documents(self) -> tuple[BlockLoss, ...]:
+    def _documents(self) -> tuple[Document, ...]:
         # A list where one process computed, one tensor where ranks exchanged theirs.
         rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
         return tuple(
-            BlockLoss(f"{int(block):012x}", int(source), int(num_bytes), mean, short, tuple(tenths))
+            Document(
+                id=f"{int(block):012x}",
+                source=int(source),
+                bytes=int(num_bytes),
+                nats_per_token=mean,
+                short=short,
+                deciles=tenths,
+            )
             for block, source, num_bytes, mean, short, *tenths in sorted(rows.tolist())
         )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from ttt_lit.convert.windowed import preserves_function
 from ttt_lit.model.spec import Mode, ModelSpec
+from ttt_lit.record.measured import Transition
 from ttt_lit.train.parallel import reshard
+from ttt_lit.train.stages import StagePlan
 from ttt_lit.ttt.model import TTTModel
 
 TOLERANCE = 1e-5
@@ -46,8 +46,17 @@ class TransitionProof:
             return f"{losses} (unchanged, {self.jump:+.2e})"
         return f"{losses} (not function-preserving, {' and '.join(self.changed)}: a jump of {self.jump:+.4f} nats per token)"
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"jump": self.jump}
+    def record(self, plan: StagePlan) -> Transition:
+        """As the run's record has it."""
+        sinks = f" with {plan.sink_tokens} sinks" if plan.sink_tokens else ""
+        attention = "attention as imported" if plan.window is None else f"window {plan.window}{sinks}"
+        return Transition(
+            kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
+            preserves=self.preserves,
+            before=self.before,
+            after=self.after,
+            tolerance=self.tolerance,
+        )
 
 
 def still(mode: Mode) -> Mode:
