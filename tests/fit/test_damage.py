@@ -1,5 +1,7 @@
 """Damage: at both ends of every stage, the loss above the imported model's on the same tokens, inside the window and beyond it."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from ttt_lit import metrics
 from ttt_lit.checkpoint.store import load_checkpoint
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import LayerSpec
+from ttt_lit.record.measured import Damage
 from ttt_lit.record.schema import RunRecord
 from ttt_lit.train.budget import Budget
 from ttt_lit.train.damage import damage, damage_modes, describe, hiding_window, position_curves
@@ -194,7 +197,7 @@ def test_updates_are_measured_where_a_context_has_whole_chunks_and_more_than_one
 
 def test_the_console_line_has_a_settings_start_and_end_in_every_context():
     def entry(when, context, inner, nats, beyond=None):
-        return {"when": when, "context": context, "inner": inner, "inside": nats, "beyond": beyond, "nats": nats}
+        return Damage(when=when, context=context, inner=inner, inside=nats, beyond=beyond, nats=nats)
 
     entries = [
         entry("start", "short", "off", 0.5),
@@ -204,7 +207,7 @@ def test_the_console_line_has_a_settings_start_and_end_in_every_context():
         entry("start", "long", "on", 7.0, 7.0),
         entry("end", "long", "on", 7.0, 7.0),
     ]
-    broken = [each | {"nats": None, "beyond": None} if each["when"] == "end" else each for each in entries]
+    broken = [dataclasses.replace(each, nats=None, beyond=None) if each.when == "end" else each for each in entries]
     without_number = "short +0.500 → not finite; long +0.200 → -0.050 inside the window, +1.000 → not finite beyond it"
     assert describe(broken, "off") == without_number
     said = "short +0.500 → +0.100; long +0.200 → -0.050 inside the window, +1.000 → +0.250 beyond it"

@@ -135,7 +135,10 @@ def _worth(probe: Probe) -> str:
         "the true ceiling is higher."
     )
     if found["gate_can_tell"]:
-        return f"{start} That is at least twice the gate of {MAX_DELTA:g}, which can tell a memory from nothing here."
+        return (
+            f"{start} That is at least twice the gate of {MAX_DELTA:g}, which can tell a memory from nothing here, if the memory of the "
+            f"trained baseline wins more than {MAX_DELTA:g} itself."
+        )
     if row["documents"] < MIN_DOCUMENTS:
         return (
             f"{start} Fewer than {MIN_DOCUMENTS} documents do not say whether the gate of {MAX_DELTA:g} can tell that from nothing; "

@@ -79,4 +79,4 @@ def describe(entries: Sequence[Damage], inner: Inner) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:+.3f}"
+    return "not finite" if value is None else f"{round(value, 3) + 0.0:+.3f}"  # no "-0.000"
