@@ -18,7 +18,7 @@ from ttt_lit.verdict.own_part import MIN_CEILING
 
 def picture(probe: Mapping[str, Any]) -> Figure:
     """Left: damage by position with the fewest and with the recommended sinks. Right: the ceilings with their intervals, and the gate."""
-    figure = new_figure(11.0, 4.6)
+    figure = new_figure(11.0, 5.0)
     left, right = figure.subplots(1, 2)
     _positions(left, probe)
     _ceilings(right, probe)
@@ -54,7 +54,7 @@ def _positions(axes: Axes, probe: Mapping[str, Any]) -> None:
     axes.set_ylabel("loss − loss as imported (nats per token)")
     axes.set_title("Damage of the window, untrained", loc="left", fontsize=11)
     plain_axes(axes)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    _legend(axes)
 
 
 def _ceilings(axes: Axes, probe: Mapping[str, Any]) -> None:
@@ -89,9 +89,14 @@ def _ceilings(axes: Axes, probe: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(min(windows) / 1.3, max(windows) * 1.3)
     low, high = min(0.0, float(ends.min())), max(MIN_CEILING, float(ends.max()), *(row["beyond"] for row in rows))
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.45 * (high - low))  # room for the legend above all points
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     axes.set_xlabel("window (tokens, log scale)")
     axes.set_ylabel("nats per token")
     axes.set_title("What context beyond the window is worth: the ceiling", loc="left", fontsize=11)
     plain_axes(axes)
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it covers nothing."""
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
