@@ -1,18 +1,20 @@
 """Batches: which blocks, in which order, for which rank, from which position."""
 
 import itertools
+import math
 import pickle
+from collections import Counter
 
 import lightning
 import numpy as np
 import pytest
 import torch
+from helpers.tokens import all_blocks, all_tokens, indices, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import indices, request
 
 import ttt_lit.data.shards as shards_module
-from ttt_lit.data.order import SHARDS_PER_GROUP, ShuffledOrder, first_blocks
+from ttt_lit.data.shards import SHARDS_PER_GROUP, ShuffledOrder, first_blocks
 from ttt_lit.data.stream import TokenDataModule
 
 # On one core torch finds any number of workers excessive.
@@ -20,8 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def test_a_batch_holds_the_blocks_it_names(module, packed):
-    manifest = module.manifest("short")
-    tokens = shards_module.TokenReader(packed, manifest.train, manifest.vocab_size).read(0, manifest.train.tokens)
+    tokens = all_tokens(packed, "train")
     for batch in module.open(request()):
         assert batch["tokens"].shape == (4, 17)
         assert batch["tokens"].dtype == batch["index"].dtype == torch.int64
@@ -29,17 +30,13 @@ def test_a_batch_holds_the_blocks_it_names(module, packed):
             assert row.tolist() == tokens[block * 17 : (block + 1) * 17].tolist()
 
 
-def test_packed_shards_serve_any_block_size_across_shards(module):
+def test_packed_shards_serve_any_block_size_across_shards(module, packed):
     manifest = module.manifest("short")
     assert len(manifest.train.shards) > 2
     for block_tokens in (5, 100, 1234):
-        blocks = manifest.num_blocks("train", block_tokens)
-        assert blocks == manifest.train.tokens // block_tokens
-        stream = module.open(request(block_tokens=block_tokens, batch_size=1, num_batches=blocks))
-        served = {batch["index"].item(): batch["tokens"][0].numpy() for batch in stream}
-        joined = np.concatenate([served[block] for block in range(blocks)])
-        reader = stream.batches.reader
-        assert (joined == np.concatenate([reader.read(i, 1) for i in range(len(joined))])).all()
+        blocks, _ = all_blocks(module, "short", "train", block_tokens)
+        assert len(blocks) == manifest.train.tokens // block_tokens
+        assert blocks.flatten().tolist() == all_tokens(packed, "train")[: blocks.numel()].tolist()
 
 
 def test_a_pass_takes_every_block_once_and_the_next_pass_in_another_order(module):
@@ -126,7 +123,8 @@ def test_an_unsized_stream_asks_at_window_starts_when_the_batch_is_wanted(packed
 
     module = TokenDataModule(short=str(packed), num_workers=num_workers)
     stream = module.open(request(num_batches=None, start_batch=3, accumulate=3, should_stop=should_stop))
-    assert not hasattr(stream, "__len__")
+    with pytest.raises(TypeError):
+        len(stream)
     for batch in stream:
         trained.append(batch["index"].tolist())
     # Numbers 3 … 8 of the stage: asked before 3, 6 and 9; five were not yet trained at 6.
@@ -164,7 +162,7 @@ def test_a_per_document_folder_serves_its_own_block_size_only(module):
     [
         ({"num_batches": None}, "num_batches"),
         ({"num_batches": None, "split": "validation", "should_stop": bool}, "num_batches"),
-        ({"num_batches": 3, "start_batch": 4}, "at least start_batch"),
+        ({"num_batches": 3, "start_batch": 4}, "num_batches: got 3, expected at least 4"),
         ({"batch_size": 0}, "batch_size: got 0"),
     ],
 )
@@ -187,15 +185,22 @@ def test_token_bytes_sum_to_the_bytes_in_the_manifest(module, packed):
     manifest = module.manifest("short")
     assert table.shape == (manifest.vocab_size,)
     assert table.dtype == torch.int64
-    reader = shards_module.TokenReader(packed, manifest.train, manifest.vocab_size)
-    assert table[torch.from_numpy(reader.read(0, manifest.train.tokens))].sum() == manifest.train.stored_bytes
+    assert table[torch.from_numpy(all_tokens(packed, "train"))].sum() == manifest.train.stored_bytes
+
+
+def test_unigram_entropy_equals_counting(module, packed, monkeypatch):
+    monkeypatch.setattr(shards_module, "_PIECE", 97)  # several pieces, the last one short
+    tokens = all_tokens(packed, "validation").tolist()
+    shares = [count / len(tokens) for count in Counter(tokens).values()]
+    expected = -sum(share * math.log(share) for share in shares)
+    assert math.isclose(module.unigram_entropy("short"), expected, rel_tol=1e-12)
 
 
 def test_the_model_must_have_the_vocabulary_and_the_tokenizer(module):
     known = module.manifest("short").tokenizer_hash
     module.check_model(300, known)
     module.check_model(320, None)
-    with pytest.raises(ValueError, match="vocabulary of 300 tokens, the model has 299"):
+    with pytest.raises(ValueError, match="a text can need token 299, the model has 299"):
         module.check_model(299, None)
     with pytest.raises(ValueError, match="made with tokenizer"):
         module.check_model(300, "0" * 64)

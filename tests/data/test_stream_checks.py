@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from streams import indices, request
+from helpers.tokens import indices, request
 
 from ttt_lit.data.manifest import Manifest, prepare_command
 from ttt_lit.data.stream import TokenDataModule
@@ -90,7 +90,9 @@ def test_a_manifest_of_another_kind_is_refused(damaged, changes, message):
         Manifest.load(damaged)
 
 
-@pytest.mark.parametrize("changes, message", [({"split": "other"}, "split"), ({"tokenizer_hash": "0"}, "tokenizers")])
+@pytest.mark.parametrize(
+    "changes, message", [({"split": "other"}, "split"), ({"tokenizer_hash": "0"}, "tokenizer_hash")]
+)
 def test_short_and_long_must_share_tokenizer_and_split(damaged, per_document, changes, message):
     manifest = dataclasses.replace(Manifest.load(damaged), **changes)
     (damaged / "manifest.json").write_text(manifest.to_json())

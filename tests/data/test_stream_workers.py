@@ -8,12 +8,11 @@ import time
 
 import pytest
 import torch
-from streams import indices, request
+from helpers.tokens import indices, request
 
 import ttt_lit.data.shards as shards_module
 import ttt_lit.data.stream as stream_module
-from ttt_lit.data.stream import TokenDataModule
-from ttt_lit.data.workers import STOP_SIGNALS
+from ttt_lit.data.stream import STOP_SIGNALS, TokenDataModule
 
 # On one core torch finds any number of workers excessive.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
