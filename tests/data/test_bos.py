@@ -1,6 +1,5 @@
 """Tokenizers that put BOS before a text: found out by encoding, recorded, and the first token of every block."""
 
-import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -86,35 +85,26 @@ def long(long_config):
     return Path(long_config.output)
 
 
-@pytest.fixture
-def module(short, long):
-    return TokenDataModule(short=str(short), long=str(long), seed=5)
-
-
 # What a tokenizer puts before a text --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "post_processor, expected",
+    "post_processor, config, expected",
     [
-        (template(BOS_TOKEN, "$A"), BOS),
-        (template(BOS_TOKEN, "$A", EOS_TOKEN), BOS),
-        (after_bytes(template(BOS_TOKEN, "$A")), BOS),
-        (template("$A", EOS_TOKEN), None),
-        (template("$A"), None),
-        (None, None),
+        (template(BOS_TOKEN, "$A"), {}, BOS),
+        (template(BOS_TOKEN, "$A"), {"add_bos_token": False}, BOS),
+        (template(BOS_TOKEN, "$A", EOS_TOKEN), {}, BOS),
+        (after_bytes(template(BOS_TOKEN, "$A")), {}, BOS),
+        (template("$A", EOS_TOKEN), {}, None),
+        (template("$A"), {"add_bos_token": True}, None),
+        (None, {}, None),
     ],
 )
-def test_bos_is_what_stands_before_an_encoded_text(packed, packed_config, tmp_path, post_processor, expected):
-    folder = make_tokenizer(packed_config.tokenizer, tmp_path / "t", post_processor)
+def test_bos_is_what_the_post_processor_puts_before_a_text(
+    packed, packed_config, tmp_path, post_processor, config, expected
+):
+    folder = make_tokenizer(packed_config.tokenizer, tmp_path / "t", post_processor, **config)
     assert load_tokenizer(str(folder)).bos_id == expected
-
-
-@pytest.mark.parametrize("setting", [True, False])
-def test_the_post_processor_decides_and_not_a_setting(packed, packed_config, tmp_path, setting):
-    post_processor = template("$A") if setting else template(BOS_TOKEN, "$A")
-    folder = make_tokenizer(packed_config.tokenizer, tmp_path / "t", post_processor, add_bos_token=setting)
-    assert load_tokenizer(str(folder)).bos_id == (None if setting else BOS)
 
 
 def test_other_tokens_before_a_text_are_refused_in_one_line(packed, packed_config, tmp_path):
@@ -162,19 +152,50 @@ def test_a_manifest_from_before_there_was_bos_means_none(packed, tmp_path):
 # Blocks -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[None, BOS])
+def folders(request):
+    """(data module, config of its long folder, what its blocks begin with): with and without BOS."""
+    begin = [] if request.param is None else [BOS]
+    short, long, config = (
+        request.getfixturevalue(name)
+        for name in (("short", "long", "long_config") if begin else ("packed", "per_document", "packed_config"))
+    )
+    return TokenDataModule(short=str(short), long=str(long)), replace(config, context=64), begin
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_per_document_blocks_are_bos_and_a_documents_whole_contexts(module, long, long_config, split):
+def test_per_document_blocks_are_a_documents_whole_contexts_and_the_targets_all_of_its_text(folders, split):
+    module, config, begin = folders
+    size = 65 - len(begin)
     expected, sources = [], []
-    for number, (_, text) in enumerate(expected_documents(long_config, split)):
+    for number, (_, text) in enumerate(expected_documents(config, split)):
         ids = [*text, EOS]
-        pieces = [[BOS, *ids[i : i + 64]] for i in range(0, len(ids) - 63, 64)]
+        pieces = [[*begin, *ids[i : i + size]] for i in range(0, len(ids) - size + 1, size)]
         expected += pieces
         sources += [number] * len(pieces)
     assert len(set(sources)) < len(sources)
     tokens, source = all_blocks(module, "long", split, 65)
     assert tokens.tolist() == expected
     assert source.tolist() == sources
-    assert module.manifest("long").side(split).blocks == len(expected)
+    entry, served = module.manifest("long").side(split), tokens[:, len(begin) :].flatten()
+    assert (entry.blocks, entry.tokens, entry.tokens_not_served) == (len(expected), len(served), 0)
+    assert module.token_bytes("long")[served].sum() == entry.stored_bytes < entry.normalized_bytes
+    eos = np.load(Path(module.folders["long"]) / entry.eos.file)
+    assert np.flatnonzero(served == EOS).tolist() == eos.tolist()
+
+
+@pytest.mark.parametrize("block_tokens", [5, 17, 1234])
+def test_packed_blocks_are_the_text_without_a_gap_across_shards(folders, block_tokens):
+    module, _, begin = folders
+    folder, entry = Path(module.folders["short"]), module.manifest("short").train
+    tokens, size = all_tokens(folder, "train"), block_tokens - len(begin)
+    assert len(entry.shards) > 2
+    blocks, source = all_blocks(module, "short", "train", block_tokens)
+    assert len(blocks) == len(tokens) // size
+    assert (blocks[:, : len(begin)] == BOS).all()
+    assert blocks[:, len(begin) :].flatten().tolist() == tokens[: len(blocks) * size].tolist()
+    starts = np.load(folder / entry.document_starts.file)
+    assert source.tolist() == [(starts <= block * size).sum() - 1 for block in range(len(blocks))]
 
 
 def test_a_document_of_exactly_one_context_is_one_block(packed_config, tokenizer_folder, tmp_path):
@@ -200,50 +221,3 @@ def test_a_document_of_exactly_one_context_is_one_block(packed_config, tokenizer
             assert side.blocks == side.documents
             assert side.tokens == side.documents * (50 + eos)
             assert len(np.load(tmp_path / f"data{eos}" / side.eos.file)) == side.documents * eos
-
-
-@pytest.mark.parametrize("block_tokens", [2, 17, 100, 1234])
-def test_packed_blocks_are_bos_and_the_text_without_a_gap(module, short, block_tokens):
-    tokens = all_tokens(short, "train")
-    assert len(module.manifest("short").train.shards) > 2
-    blocks, source = all_blocks(module, "short", "train", block_tokens)
-    starts = np.load(short / module.manifest("short").train.document_starts.file)
-    assert source.tolist() == [(starts <= block * (block_tokens - 1)).sum() - 1 for block in range(len(blocks))]
-    assert len(blocks) == len(tokens) // (block_tokens - 1)
-    assert (blocks[:, 0] == BOS).all()
-    assert blocks[:, 1:].flatten().tolist() == tokens[: len(blocks) * (block_tokens - 1)].tolist()
-
-
-def test_the_targets_are_all_of_the_text_and_its_bytes(module):
-    table = module.token_bytes("long")
-    for split in ("train", "validation"):
-        entry = module.manifest("long").side(split)
-        targets = all_blocks(module, "long", split, 65)[0][:, 1:]
-        assert BOS not in targets
-        assert targets.numel() == entry.tokens
-        assert table[targets].sum() == entry.stored_bytes
-
-
-# The model and the other folder -------------------------------------------------------------------------------------
-
-
-def with_manifest(folder, target, **changes):
-    """A copy of a folder whose manifest says otherwise."""
-    shutil.copytree(folder, target)
-    (target / "manifest.json").write_text(dataclasses.replace(Manifest.load(folder), **changes).to_json())
-    return str(target)
-
-
-def test_bos_must_be_in_the_models_vocabulary(module, short, tmp_path):
-    module.check_model(301, None)
-    for bos_id in (BOS, 310, -1):
-        other = TokenDataModule(short=with_manifest(short, tmp_path / str(bos_id), bos_id=bos_id))
-        with pytest.raises(ValueError, match=f"blocks begin with token {bos_id}, the model has 300"):
-            other.check_model(300, None)
-
-
-def test_short_and_long_blocks_must_begin_alike(short, long, tmp_path):
-    TokenDataModule(short=str(short), long=str(long)).setup()
-    without = with_manifest(short, tmp_path / "short", bos_id=None)
-    with pytest.raises(ValueError, match="bos_id: got None and 300"):
-        TokenDataModule(short=without, long=str(long)).setup()

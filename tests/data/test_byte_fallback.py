@@ -117,11 +117,8 @@ def test_special_tokens_and_bytes_have_gemmas_places(loaded, whole):
     assert loaded.bos_id is None  # Gemma's own puts one before every text
 
 
-def test_indentation_and_blank_lines_become_pieces(reader):
+def test_indentation_is_a_piece_digits_stand_alone_and_rare_characters_are_bytes(reader):
     assert pieces(reader, "\n\n\n        return") == ["\n\n\n", "▁▁▁▁▁▁▁▁", "return"]
-
-
-def test_digits_stand_alone_and_rare_characters_are_bytes(reader):
     assert [piece.strip("▁") for piece in pieces(reader, "1234 10")] == ["1", "2", "3", "4", "1", "0"]
     assert pieces(reader, "ﷺ") == ["<0xEF>", "<0xB7>", "<0xBA>"]
 

@@ -19,6 +19,7 @@ from ttt_lit.data.corpus import Document, split_of
 from ttt_lit.data.manifest import Manifest
 from ttt_lit.data.prepare import PrepareConfig, prepare
 from ttt_lit.data.shards import TokenReader
+from ttt_lit.data.stream import TokenDataModule
 
 
 def again(config, tmp_path, **changes):
@@ -41,25 +42,6 @@ def test_packed_shards_hold_every_document_and_an_eos_after_each(packed, packed_
     assert starts.tolist() == [0, *(np.load(packed / entry.eos.file)[:-1] + 1)]
     assert entry.blocks * 17 + entry.tokens_not_served == entry.tokens == len(tokens)
     assert all(shard.tokens % 17 == 0 for shard in entry.shards[:-1])
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_per_document_blocks_never_cross_a_document(per_document, packed_config, split):
-    manifest = Manifest.load(per_document)
-    config = replace(packed_config, context=64, layout="per_document")
-    expected = []
-    for _, ids in expected_documents(config, split):
-        ended = [*ids, manifest.eos_id]
-        expected += [ended[i : i + 65] for i in range(0, len(ended) - 64, 65)]
-    assert len(expected) > 1
-    assert all_tokens(per_document, split).reshape(-1, 65).tolist() == expected
-    entry = manifest.side(split)
-    assert entry.tokens_not_served == 0
-    assert entry.stored_bytes < entry.normalized_bytes
-    assert (
-        np.flatnonzero(all_tokens(per_document, split) == manifest.eos_id).tolist()
-        == np.load(per_document / entry.eos.file).tolist()
-    )
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -280,8 +262,9 @@ def test_a_missing_litdata_or_a_broken_torchvision_is_named(packed_config, tmp_p
 
     monkeypatch.setattr(shards_module, "find_spec", lambda name: object())
     monkeypatch.setattr(shards_module, "import_module", broken)
-    with pytest.raises(ValueError, match="torchvision is installed but broken.*pip uninstall torchvision"):
-        prepare(again(packed_config, tmp_path))
+    for start in (lambda: prepare(again(packed_config, tmp_path)), TokenDataModule().setup):
+        with pytest.raises(ValueError, match="torchvision is installed but broken.*pip uninstall torchvision"):
+            start()
 
 
 def test_progress_is_shown_only_when_asked(packed_config, tmp_path, capsys):

@@ -183,16 +183,8 @@ def test_every_byte_of_utf8_is_in_the_probe_and_the_alphabet_is_the_librarys():
     possible = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
     assert set(PROBE.text.encode()) == possible
     assert set(BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
-    encoded = Tokenizer.from_str(json.dumps(byte_tokens())).encode(PROBE.text).tokens
-    assert bytes(BYTE_OF[character] for token in encoded for character in token) == PROBE.text.encode()
-
-
-def byte_tokens():
-    """A byte-level tokenizer without merges."""
-    vocabulary = {character: i for i, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
-    parts = dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"])
-    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    return {"version": "1.0", "added_tokens": [], "pre_tokenizer": BYTES, "model": model} | parts
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(PROBE.text)
+    assert bytes(BYTE_OF[character] for piece, _ in pieces for character in piece) == PROBE.text.encode()
 
 
 def test_prepare_refuses_and_leaves_nothing_behind(packed_config, save, tmp_path):
