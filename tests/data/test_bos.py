@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tokens import all_blocks, all_tokens, expected_documents
+from helpers.tokens import added_token, all_blocks, all_tokens, edited, expected_documents
 from tokenizers import Tokenizer
 
 from ttt_lit.data.encode import encode_texts
@@ -42,11 +42,9 @@ def after_bytes(processor):
 def make_tokenizer(source, folder, post_processor, **config):
     """The tokenizer of ``source`` with a BOS token of id 300 and a post-processor."""
     shutil.copytree(source, folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"].append({"id": BOS, "content": BOS_TOKEN} | flags)
-    content["post_processor"] = post_processor
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with edited(folder / "tokenizer.json") as content:
+        content["added_tokens"].append(added_token(BOS, BOS_TOKEN, special=True))
+        content["post_processor"] = post_processor
     given = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(given))
     return folder
@@ -142,10 +140,8 @@ def test_shards_hold_the_text_alone(short, packed, split):
 
 def test_a_manifest_from_before_there_was_bos_means_none(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "data")
-    path = tmp_path / "data" / "manifest.json"
-    content = json.loads(path.read_text())
-    del content["bos_id"]
-    path.write_text(json.dumps(content))
+    with edited(tmp_path / "data" / "manifest.json") as content:
+        assert content.pop("bos_id") is None
     assert Manifest.load(tmp_path / "data") == Manifest.load(packed)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.tokens import SPECIAL, WORDS, expected_documents, make_documents
+from helpers.tokens import SPECIAL, WORDS, added_token, edited, expected_documents, make_documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -98,13 +98,10 @@ def test_a_prepared_folder_counts_space_marks_as_spaces(tmp_path, packed_config)
     )
     manifest = prepare(config)
     assert manifest == Manifest.load(tmp_path / "data")
-    texts = [document.text for split in ("train", "validation") for document, _ in expected_documents(config, split)]
-    sides = (manifest.train, manifest.validation)
-    assert sum(side.raw_bytes for side in sides) == sum(len(text.encode()) for text in texts)
-    assert sum(side.normalized_bytes for side in sides) == sum(len(read_as(text).encode()) for text in texts)
-    marks = sum(text.count("▁") for text in texts)
-    assert marks > 0
-    assert sum(side.raw_bytes - side.normalized_bytes for side in sides) == 2 * marks
+    for split in ("train", "validation"):
+        side, texts = manifest.side(split), [document.text for document, _ in expected_documents(config, split)]
+        assert side.raw_bytes == sum(len(text.encode()) for text in texts)
+        assert side.normalized_bytes == sum(len(read_as(text).encode()) for text in texts) < side.raw_bytes
 
 
 def test_special_tokens_and_bytes_have_gemmas_places(loaded, whole):
@@ -164,13 +161,9 @@ def with_added_text(folder, tmp_path_factory):
     """Gemma's file lists some ordinary pieces as added tokens as well, found in the raw text before anything else."""
     copy = tmp_path_factory.mktemp("tokenizer") / "added"
     shutil.copytree(folder, copy)
-    content = json.loads((copy / "tokenizer.json").read_text())
-    rest = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    vocabulary = content["model"]["vocab"]
-    content["added_tokens"] += [
-        {"id": vocabulary[piece], "content": piece} | rest for piece in ("\n\n", "▁▁", "▁▁▁▁", "<")
-    ]
-    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with edited(copy / "tokenizer.json") as content:
+        for piece in ("\n\n", "▁▁", "▁▁▁▁", "<"):
+            content["added_tokens"].append(added_token(content["model"]["vocab"][piece], piece, special=False))
     return load_tokenizer(str(copy))
 
 

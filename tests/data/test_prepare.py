@@ -10,7 +10,7 @@ from pathlib import Path
 import litdata
 import numpy as np
 import pytest
-from helpers.tokens import all_tokens, expected_documents, folder_bytes, make_texts
+from helpers.tokens import all_tokens, edited, expected_documents, folder_bytes, make_texts
 
 import ttt_lit.data.prepare as prepare_module
 import ttt_lit.data.shards as shards_module
@@ -242,10 +242,8 @@ def test_a_bad_config_names_every_field():
 
 def test_a_folder_from_before_there_were_kinds_of_tokenizers_is_still_ours(packed, packed_config, tmp_path):
     shutil.copytree(packed, tmp_path / "data")
-    path = tmp_path / "data" / "manifest.json"
-    content = json.loads(path.read_text())
-    assert content["config"].pop("tokenizer_kind") == "byte_level"
-    path.write_text(json.dumps(content))
+    with edited(tmp_path / "data" / "manifest.json") as content:
+        assert content["config"].pop("tokenizer_kind") == "byte_level"
     prepare(again(packed_config, tmp_path))
     with pytest.raises(ValueError, match="tokenizer_kind 'byte_level' there, 'byte_fallback' here"):
         prepare(again(packed_config, tmp_path, tokenizer_kind="byte_fallback"))

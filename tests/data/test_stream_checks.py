@@ -1,14 +1,13 @@
 """What a data module finds out about its folders before it serves a block."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.tokens import indices, request
+from helpers.tokens import edited, indices, request
 
 from ttt_lit.data.manifest import Manifest, prepare_command
 from ttt_lit.data.stream import TokenDataModule
@@ -84,8 +83,8 @@ def test_a_missing_folder_names_the_config_that_makes_it(tmp_path, monkeypatch):
     [({"format_version": 99}, "format version 99"), ({"dtype": None, "new": 1}, "not a manifest")],
 )
 def test_a_manifest_of_another_kind_is_refused(damaged, changes, message):
-    path = damaged / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with edited(damaged / "manifest.json") as content:
+        content.update(changes)
     with pytest.raises(ValueError, match=message):
         Manifest.load(damaged)
 

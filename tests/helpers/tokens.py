@@ -1,6 +1,8 @@
 """A tiny corpus, what its prepared folders must hold, and what tests ask of a stream."""
 
+import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +33,20 @@ def make_documents() -> list[Document]:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def edited(path):
+    """Yield the content of a JSON file, and write what has become of it."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
+
+
+def added_token(index, content, *, special):
+    """As tokenizer.json lists one."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": index, "content": content, "special": special} | flags
 
 
 def expected_documents(config, split):

@@ -237,11 +237,9 @@ class _Run:
             "chain": self.chain,
             "splits": {split: writer.plain() for split, writer in self.writers.items()},
         }
-        arrays = {
-            f"{split}_{name}": array
-            for split, writer in self.writers.items()
-            for name, array in writer.arrays().items()
-        }
+        arrays: dict[str, Any] = {}
+        for split, writer in self.writers.items():
+            arrays |= {f"{split}_{name}": array for name, array in writer.arrays().items()}
         temporary = self.journal.with_name("new.npz")
         np.savez(temporary, state=np.array(json.dumps(state)), **arrays)
         temporary.replace(self.journal)

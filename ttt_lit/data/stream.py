@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ttt_lit.data.manifest import MANIFEST, Manifest
+from ttt_lit.data.manifest import MANIFEST, Manifest, text_tokens
 from ttt_lit.data.shards import ShuffledOrder, TokenReader, check_torchvision, first_blocks, spread_block
 from ttt_lit.identity import hash_file
 
@@ -242,7 +242,7 @@ class TokenDataModule(lightning.LightningDataModule):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of {world_size}, expected 0 to {world_size - 1}")
         manifest, folder = self.manifest(request.dataset), self._folder(request.dataset)
-        side, text_tokens = manifest.side(request.split), manifest.text_tokens(request.block_tokens)
+        side, size = manifest.side(request.split), text_tokens(request.block_tokens, manifest.bos_id)
         num_blocks = manifest.num_blocks(request.split, request.block_tokens)
         what = f"{folder} ({request.split})"
         if num_blocks == 0:
@@ -252,7 +252,7 @@ class TokenDataModule(lightning.LightningDataModule):
         reader = TokenReader(folder, side, manifest.vocab_size)
         order: Callable[[int], int]
         if request.split == "train":
-            order = ShuffledOrder(first_blocks(reader.starts, text_tokens), seed=self.seed, stage=request.stage)
+            order = ShuffledOrder(first_blocks(reader.starts, size), seed=self.seed, stage=request.stage)
         else:
             per_batch = request.batch_size * world_size
             wanted = (request.num_batches or 0) * per_batch
@@ -266,7 +266,7 @@ class TokenDataModule(lightning.LightningDataModule):
             reader=reader,
             order=order,
             document_starts=np.load(folder / side.document_starts.file),
-            text_tokens=text_tokens,
+            text_tokens=size,
             bos_id=manifest.bos_id,
             batch_size=request.batch_size,
             rank=rank,

@@ -164,7 +164,7 @@ def train_byte_fallback(read_texts: ReadTexts, vocab_size: int) -> Trained:
 
     # A second tokenizer, since the first recognises the spelling of a byte piece in a text. Gemma's own also puts <bos>
     # before every text; a model trained on this one has never seen it there.
-    merges = [tuple(merge) for merge in learned["merges"]]
+    merges: Any = [tuple(merge) for merge in learned["merges"]]
     tokenizer = GemmaTokenizer(vocab=learned["vocab"], merges=merges, **SPECIAL_TOKENS).backend_tokenizer
     tokenizer.post_processor = None
     return tokenizer, {"tokenizer_class": "GemmaTokenizer", **SPECIAL_TOKENS}
