@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.tokens import added_token, all_blocks, all_tokens, edited, expected_documents
-from tokenizers import Tokenizer
 
-from ttt_lit.data.encode import encode_texts
 from ttt_lit.data.manifest import Manifest
 from ttt_lit.data.prepare import prepare
 from ttt_lit.data.stream import TokenDataModule
@@ -115,15 +113,6 @@ def test_other_tokens_before_a_text_are_refused_in_one_line(packed, packed_confi
     nameless = make_tokenizer(packed_config.tokenizer, tmp_path / "t", template(BOS_TOKEN, "$A"), bos_token=None)
     with pytest.raises(ValueError, match="its bos_token alone, which is None"):
         load_tokenizer(str(nameless))
-
-
-def test_the_spelling_of_bos_in_a_text_is_text(tokenizer_folder):
-    tokenizer = load_tokenizer(str(tokenizer_folder))
-    text = f"a{BOS_TOKEN}b"
-    ids = encode_texts(Tokenizer.from_str(tokenizer.definition), [text])[0]
-    assert BOS not in ids
-    assert tokenizer.token_bytes[BOS] == 0
-    assert tokenizer.token_bytes[ids].sum() == len(text)
 
 
 # Folders ------------------------------------------------------------------------------------------------------------

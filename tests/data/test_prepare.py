@@ -250,8 +250,7 @@ def test_a_folder_from_before_there_were_kinds_of_tokenizers_is_still_ours(packe
 
 
 def test_a_missing_litdata_or_a_broken_torchvision_is_named(packed_config, tmp_path, monkeypatch):
-    found = shards_module.find_spec
-    monkeypatch.setattr(shards_module, "find_spec", lambda name: None if name == "litdata" else found(name))
+    monkeypatch.setitem(sys.modules, "litdata.streaming", None)
     with pytest.raises(ValueError, match="pip install --no-deps litdata=="):
         prepare(again(packed_config, tmp_path))
 

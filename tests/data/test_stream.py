@@ -20,15 +20,6 @@ from ttt_lit.data.stream import TokenDataModule
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def test_a_batch_holds_the_blocks_it_names(module, packed):
-    tokens = all_tokens(packed, "train")
-    for batch in module.open(request()):
-        assert batch["tokens"].shape == (4, 17)
-        assert batch["tokens"].dtype == batch["index"].dtype == torch.int64
-        for row, block in zip(batch["tokens"], batch["index"], strict=True):
-            assert row.tolist() == tokens[block * 17 : (block + 1) * 17].tolist()
-
-
 def test_the_order_is_that_of_seed_and_stage(module, packed):
     reference = indices(module.open(request(stage=1)))
     assert indices(TokenDataModule(short=str(packed), seed=5).open(request(stage=1))) == reference
@@ -71,18 +62,24 @@ def test_ranks_share_a_global_batch_as_one_process_reads_it(module, start):
     alone = list(module.open(request(batch_size=4, start_batch=start)))
     two = [list(module.open(request(batch_size=2, start_batch=start), rank, 2)) for rank in (0, 1)]
     assert len(alone) == len(two[0]) == 30 - start
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in alone[0].items()} == {
+        "tokens": ((4, 17), torch.int64),
+        "index": ((4,), torch.int64),
+        "source": ((4,), torch.int64),
+    }
     for whole, *parts in zip(alone, *two, strict=True):
         assert all(torch.equal(whole[name], torch.cat([part[name] for part in parts])) for name in whole)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_stream_is_the_rest_and_keeps_its_length(packed, num_workers):
+def test_a_resumed_stream_is_the_rest_keeps_its_length_and_moves_no_random_state(packed, num_workers):
+    state = torch.get_rng_state()
     whole = indices(TokenDataModule(short=str(packed)).open(request()))
     for start in (1, 13, 30):
         stream = TokenDataModule(short=str(packed), num_workers=num_workers).open(request(start_batch=start))
         assert len(stream) == 30
-        assert indices(stream) == whole[start:]
-        assert indices(stream) == whole[start:]
+        assert indices(stream) == indices(stream) == whole[start:]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_iterating_does_nothing_before_the_first_batch_is_asked_for(module):
@@ -159,14 +156,6 @@ def test_unknown_names_and_too_large_blocks_are_errors(module, packed):
         module.open(request(split="test"))
     with pytest.raises(ValueError, match="holds no block of 10000000 tokens"):
         module.open(request(block_tokens=10_000_000))
-
-
-def test_token_bytes_sum_to_the_bytes_in_the_manifest(module, packed):
-    table = module.token_bytes("short")
-    manifest = module.manifest("short")
-    assert table.shape == (manifest.vocab_size,)
-    assert table.dtype == torch.int64
-    assert table[torch.from_numpy(all_tokens(packed, "train"))].sum() == manifest.train.stored_bytes
 
 
 def test_unigram_entropy_equals_counting(module, packed, monkeypatch):

@@ -1,6 +1,5 @@
 """What a data module finds out about its folders before it serves a block."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,13 +99,10 @@ def test_only_one_process_of_a_machine_reads_every_byte(damaged):
         first.setup()
 
 
-def rewrite(folder, **changes):
-    (folder / "manifest.json").write_text(dataclasses.replace(Manifest.load(folder), **changes).to_json())
-
-
 @pytest.mark.parametrize("changes", [{"split": "other"}, {"tokenizer_hash": "0"}, {"bos_id": 7}])
 def test_short_and_long_must_share_tokenizer_bos_and_split(damaged, per_document, changes):
-    rewrite(damaged, **changes)
+    with edited(damaged / "manifest.json") as content:
+        content.update(changes)
     with pytest.raises(ValueError, match=f"{next(iter(changes))}: got .*, expected the same"):
         TokenDataModule(short=str(damaged), long=str(per_document)).setup()
 
@@ -125,6 +121,7 @@ def test_the_model_must_have_the_vocabulary_and_the_tokenizer(damaged, changes, 
     known = Manifest.load(damaged).tokenizer_hash
     TokenDataModule(short=str(damaged)).check_model(300, known)
     TokenDataModule(short=str(damaged)).check_model(320, None)
-    rewrite(damaged, **changes)
+    with edited(damaged / "manifest.json") as content:
+        content.update(changes)
     with pytest.raises(ValueError, match=message):
         TokenDataModule(short=str(damaged)).check_model(vocab_size, known)

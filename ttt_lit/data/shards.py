@@ -36,16 +36,14 @@ _PIECE = 1 << 20
 def import_litdata() -> ModuleType:
     """LitData's streaming package. Raises ValueError with the way out if it, or a torchvision beside it, cannot be
     imported."""
-    if find_spec("litdata") is None:
-        raise ValueError(
-            f"litdata is not installed: {INSTALL_LITDATA} (its dependencies are already ours, torchvision is not"
-            " wanted)"
-        )
     check_torchvision()
     try:
         return import_module("litdata.streaming")
     except _IMPORT_ERRORS as error:
-        raise ValueError(f"litdata cannot be imported ({_first_line(error)}); {INSTALL_LITDATA}") from error
+        raise ValueError(
+            f"litdata cannot be imported ({_first_line(error)}); {INSTALL_LITDATA} (its dependencies are already ours,"
+            " torchvision is not wanted)"
+        ) from error
 
 
 def check_torchvision() -> None:

@@ -7,7 +7,6 @@ same sequences. Workers outlive the signals that ask a run to stop: it still nee
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -144,8 +143,12 @@ class Stream:
             generator=torch.Generator(),
             worker_init_fn=functools.partial(_live_as_long_as, os.getpid()),
         )
-        with _stop_signals_held():
+        # Workers are born holding the signals, so there is no moment in which one ends them; this thread gets its own back.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
             return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TokenDataModule(lightning.LightningDataModule):
@@ -313,17 +316,6 @@ def _check_together(manifests: dict[str, Manifest]) -> None:
                 f"data folders short and long: {name}: got {short!r} and {long!r}, expected the same; prepare both with"
                 f" {way_out}"
             )
-
-
-@contextlib.contextmanager
-def _stop_signals_held() -> Iterator[None]:
-    """To start workers in: they are born holding the signals, so there is no moment in which one ends them. This thread gets its own
-    afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _live_as_long_as(run: int, _worker: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ttt_lit.data.corpus import Document, split_of, split_rule
@@ -185,15 +186,10 @@ def common_characters(texts: Iterator[str]) -> list[str]:
     for text in texts:
         counts.update(text)
     counts[SPACE_PIECE] += counts.pop(" ", 0)
-    wanted = CHARACTER_COVERAGE * counts.total()
-    chosen = {SPACE_PIECE}
-    covered = 0
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if covered >= wanted:
-            break
-        chosen.add(character)
-        covered += count
-    return sorted(chosen)
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    covered = np.cumsum([counts[character] for character in ranked])
+    last = int(np.searchsorted(covered, CHARACTER_COVERAGE * counts.total()))
+    return sorted({SPACE_PIECE, *ranked[: last + 1]})
 
 
 def _check_room(vocab_size: int, needed: int, what: str) -> None:
