@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ttt_lit.data.workers import STOP_SIGNALS
+from ttt_lit.data.stream import STOP_SIGNALS
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.resume import ResumeWriter
 

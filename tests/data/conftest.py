@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_corpus import make_texts
+from helpers.tokens import make_texts
 
 from ttt_lit.data.prepare import PrepareConfig, prepare
 from ttt_lit.data.stream import TokenDataModule

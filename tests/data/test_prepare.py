@@ -10,35 +10,16 @@ from pathlib import Path
 import litdata
 import numpy as np
 import pytest
-from tiny_corpus import folder_bytes, make_texts
+from helpers.tokens import all_tokens, edited, expected_documents, folder_bytes, make_texts
 
 import ttt_lit.data.prepare as prepare_module
 import ttt_lit.data.shards as shards_module
 import ttt_lit.data.writer as writer_module
-from ttt_lit.data.corpus import Document
-from ttt_lit.data.encode import encode_documents
+from ttt_lit.data.corpus import Document, split_of
 from ttt_lit.data.manifest import Manifest
 from ttt_lit.data.prepare import PrepareConfig, prepare
 from ttt_lit.data.shards import TokenReader
-from ttt_lit.data.split import split_of
-from ttt_lit.data.tokenizer import load_tokenizer
-
-
-def all_tokens(folder, split):
-    manifest = Manifest.load(folder)
-    entry = manifest.side(split)
-    return TokenReader(folder, entry, manifest.vocab_size).read(0, entry.tokens)
-
-
-def expected_documents(config, split):
-    """(document, ids) of one side with at least one context of tokens, in the order of the corpus."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    documents = [Document(str(i), text) for i, text in enumerate(make_texts())]
-    return [
-        (document, ids.tolist())
-        for document, ids in encode_documents(documents, tokenizer.definition, 0)
-        if split_of(document, config.validation_fraction) == split and len(ids) >= config.context
-    ]
+from ttt_lit.data.stream import TokenDataModule
 
 
 def again(config, tmp_path, **changes):
@@ -63,25 +44,6 @@ def test_packed_shards_hold_every_document_and_an_eos_after_each(packed, packed_
     assert all(shard.tokens % 17 == 0 for shard in entry.shards[:-1])
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_per_document_blocks_never_cross_a_document(per_document, packed_config, split):
-    manifest = Manifest.load(per_document)
-    config = replace(packed_config, context=64, layout="per_document")
-    expected = []
-    for _, ids in expected_documents(config, split):
-        ended = [*ids, manifest.eos_id]
-        expected += [ended[i : i + 65] for i in range(0, len(ended) - 64, 65)]
-    assert len(expected) > 1
-    assert all_tokens(per_document, split).reshape(-1, 65).tolist() == expected
-    entry = manifest.side(split)
-    assert entry.tokens_not_served == 0
-    assert entry.stored_bytes < entry.normalized_bytes
-    assert (
-        np.flatnonzero(all_tokens(per_document, split) == manifest.eos_id).tolist()
-        == np.load(per_document / entry.eos.file).tolist()
-    )
-
-
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_litdata_itself_serves_the_same_blocks(packed):
     manifest = Manifest.load(packed)
@@ -104,28 +66,29 @@ class Interrupted(Exception):
     pass
 
 
-def fail_at(monkeypatch, number):
-    """write_shard raises at its n-th call."""
-    calls = iter(range(1000))
+def interrupt(config, monkeypatch, number, module=writer_module, name="write_shard"):
+    """Prepare until the function's n-th call. Returns the unfinished folder."""
+    calls, original = iter(range(1000)), getattr(module, name)
 
-    def write_shard(*arguments, **options):
+    def interrupted(*arguments, **options):
         if next(calls) == number:
             raise Interrupted
-        return shards_module.write_shard(*arguments, **options)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(writer_module, "write_shard", write_shard)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(Interrupted):
+            prepare(config)
+    assert not Path(config.output).exists()
+    return Path(config.output).with_name("data.partial")
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 4])
+@pytest.mark.parametrize("number", [0, 2, 4])
 def test_an_interrupted_run_resumes_to_the_same_bytes(packed, packed_config, tmp_path, monkeypatch, number):
     config = again(packed_config, tmp_path)
-    fail_at(monkeypatch, number)
-    with pytest.raises(Interrupted):
-        prepare(config)
-    assert not Path(config.output).exists()
+    interrupt(config, monkeypatch, number)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("chunk-*.bin")}
     assert len(kept) == number
-    monkeypatch.undo()
     prepare(config)
     assert folder_bytes(tmp_path / "data") == folder_bytes(packed)
     moved = {Path(str(path).replace("data.partial", "data")): time for path, time in kept.items()}
@@ -157,19 +120,27 @@ def test_a_killed_run_resumes_to_the_same_bytes(packed, packed_config, tmp_path)
     assert folder_bytes(tmp_path / "data") == folder_bytes(packed)
 
 
-def interrupted(config, monkeypatch):
-    fail_at(monkeypatch, 3)
-    with pytest.raises(Interrupted):
+def test_a_shard_that_the_journal_does_not_know_yet_is_written_again(packed, packed_config, tmp_path, monkeypatch):
+    config = again(packed_config, tmp_path)
+    partial = interrupt(config, monkeypatch, 3, prepare_module.np, "savez")
+    assert len(list(partial.rglob("chunk-*.bin"))) == 3
+    prepare(config)
+    assert folder_bytes(tmp_path / "data") == folder_bytes(packed)
+
+
+def test_shards_without_a_journal_are_not_taken_for_ours(packed_config, tmp_path, monkeypatch):
+    config = again(packed_config, tmp_path)
+    (interrupt(config, monkeypatch, 3) / ".progress" / "journal.npz").unlink()
+    with pytest.raises(ValueError, match="shards without journal.npz"):
         prepare(config)
-    monkeypatch.undo()
-    return Path(config.output).with_name("data.partial")
 
 
-def test_resuming_refuses_a_damaged_shard_another_config_and_a_changed_source(packed_config, tmp_path, monkeypatch):
+def test_resuming_refuses_what_is_not_as_it_was(packed_config, tmp_path, monkeypatch):
+    """A damaged shard, another config, tokens put before a text, a changed source."""
     source = tmp_path / "source"
     shutil.copytree(packed_config.source, source)
     config = again(packed_config, tmp_path, source=str(source))
-    partial = interrupted(config, monkeypatch)
+    partial = interrupt(config, monkeypatch, 3)
     with pytest.raises(ValueError, match="made with another config.*context 16 there, 17 here"):
         prepare(replace(config, context=17))
     shard = sorted(partial.rglob("chunk-*.bin"))[0]
@@ -178,6 +149,11 @@ def test_resuming_refuses_a_damaged_shard_another_config_and_a_changed_source(pa
     with pytest.raises(ValueError, match=rf"{shard.name}.*damaged"):
         prepare(config)
     shard.write_bytes(content)
+    with monkeypatch.context() as patch:
+        load = prepare_module.load_tokenizer
+        patch.setattr(prepare_module, "load_tokenizer", lambda name: replace(load(name), bos_id=7))
+        with pytest.raises(ValueError, match="begun with another tokenizer"):
+            prepare(config)
     lines = (source / "a.jsonl").read_text().splitlines()
     (source / "a.jsonl").write_text("\n".join([json.dumps({"text": "new"}), *lines]))
     with pytest.raises(ValueError, match="changed since"):
@@ -254,36 +230,27 @@ def test_too_few_documents_for_a_split_is_an_error_and_leaves_nothing(packed_con
 
 
 def test_a_bad_config_names_every_field():
+    rest = {"source": "s", "tokenizer": "t", "output": "o"}
     with pytest.raises(ValueError, match="context: got 0.*layout: got 'x'.*validation_fraction.*num_workers") as caught:
-        PrepareConfig(
-            source="s", tokenizer="t", output="o", context=0, layout="x", validation_fraction=1.0, num_workers=-1
-        )
+        PrepareConfig(**rest, context=0, layout="x", validation_fraction=1.0, num_workers=-1)
     assert "\n" not in str(caught.value)
-
-
-def test_a_kind_that_nothing_would_train_or_that_does_not_exist_is_refused():
-    rest = {"source": "s", "tokenizer": "t", "output": "o", "context": 4, "layout": "packed"}
-    with pytest.raises(ValueError, match="tokenizer_kind: got 'byte_fallback' without train_tokenizer") as caught:
-        PrepareConfig(**rest, tokenizer_kind="byte_fallback")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="tokenizer_kind: got 'byte_fallback' without train_tokenizer"):
+        PrepareConfig(**rest, context=4, layout="packed", tokenizer_kind="byte_fallback")
     with pytest.raises(ValueError, match="tokenizer_kind: got 'unigram', expected one of"):
-        PrepareConfig(**rest, train_tokenizer=300, tokenizer_kind="unigram")
+        PrepareConfig(**rest, context=4, layout="packed", train_tokenizer=300, tokenizer_kind="unigram")
 
 
 def test_a_folder_from_before_there_were_kinds_of_tokenizers_is_still_ours(packed, packed_config, tmp_path):
     shutil.copytree(packed, tmp_path / "data")
-    path = tmp_path / "data" / "manifest.json"
-    content = json.loads(path.read_text())
-    assert content["config"].pop("tokenizer_kind") == "byte_level"
-    path.write_text(json.dumps(content))
+    with edited(tmp_path / "data" / "manifest.json") as content:
+        assert content["config"].pop("tokenizer_kind") == "byte_level"
     prepare(again(packed_config, tmp_path))
     with pytest.raises(ValueError, match="tokenizer_kind 'byte_level' there, 'byte_fallback' here"):
         prepare(again(packed_config, tmp_path, tokenizer_kind="byte_fallback"))
 
 
 def test_a_missing_litdata_or_a_broken_torchvision_is_named(packed_config, tmp_path, monkeypatch):
-    found = shards_module.find_spec
-    monkeypatch.setattr(shards_module, "find_spec", lambda name: None if name == "litdata" else found(name))
+    monkeypatch.setitem(sys.modules, "litdata.streaming", None)
     with pytest.raises(ValueError, match="pip install --no-deps litdata=="):
         prepare(again(packed_config, tmp_path))
 
@@ -292,8 +259,9 @@ def test_a_missing_litdata_or_a_broken_torchvision_is_named(packed_config, tmp_p
 
     monkeypatch.setattr(shards_module, "find_spec", lambda name: object())
     monkeypatch.setattr(shards_module, "import_module", broken)
-    with pytest.raises(ValueError, match="torchvision is installed but broken.*pip uninstall torchvision"):
-        prepare(again(packed_config, tmp_path))
+    for start in (lambda: prepare(again(packed_config, tmp_path)), TokenDataModule().setup):
+        with pytest.raises(ValueError, match="torchvision is installed but broken.*pip uninstall torchvision"):
+            start()
 
 
 def test_progress_is_shown_only_when_asked(packed_config, tmp_path, capsys):
@@ -301,22 +269,3 @@ def test_progress_is_shown_only_when_asked(packed_config, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     prepare(again(packed_config, tmp_path / "shown"), progress=True)
     assert "Preparing" in capsys.readouterr().out
-
-
-def test_positions_written_after_the_last_record_are_not_kept_twice(packed, packed_config, tmp_path, monkeypatch):
-    calls = iter(range(1000))
-    save = writer_module.PositionLog.save
-
-    def interrupted_save(self):
-        count = save(self)
-        if next(calls) == 10:
-            raise Interrupted  # after writing, before the journal knows
-        return count
-
-    monkeypatch.setattr(writer_module.PositionLog, "save", interrupted_save)
-    config = again(packed_config, tmp_path)
-    with pytest.raises(Interrupted):
-        prepare(config)
-    monkeypatch.undo()
-    prepare(config)
-    assert folder_bytes(tmp_path / "data") == folder_bytes(packed)

@@ -5,16 +5,15 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from tiny_corpus import make_texts
-from tokenizers import pre_tokenizers
+from helpers.tokens import make_texts
+from tokenizers import Tokenizer, pre_tokenizers
 
-from ttt_lit.data import round_trip
+from ttt_lit.data import encode
 from ttt_lit.data.corpus import Document
-from ttt_lit.data.encode import build_tokenizer
+from ttt_lit.data.encode import PROBE, encode_exactly
 from ttt_lit.data.prepare import prepare
-from ttt_lit.data.round_trip import PROBE, encode_exactly
 from ttt_lit.data.tokenizer import BYTE_OF, load_tokenizer
-from ttt_lit.data.tokenizer_kinds import EOS_TOKEN, TRAINERS
+from ttt_lit.data.train_tokenizer import EOS_TOKEN, TRAINERS
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 NFC = {"type": "NFC"}
@@ -137,19 +136,12 @@ ACCEPTED = [("byte_level", name) for name in KEEPING] + [
 def test_what_is_accepted_decodes_to_the_text_and_claims_its_bytes(save, kind, settings):
     folder = save(kind, **KEEPING[settings])
     tokenizer = load_tokenizer(str(folder))
-    reader = build_tokenizer(tokenizer.definition)
+    reader = Tokenizer.from_str(tokenizer.definition)
     for text, ids in zip(texts := make_texts(), read(folder, texts), strict=True):
         meant = text.replace("▁", " ") if kind == "byte_fallback" else text
         meant = unicodedata.normalize("NFC", meant) if settings == "NFC" else meant
         assert reader.decode(ids, skip_special_tokens=False) == meant
         assert int(tokenizer.token_bytes[ids].sum()) == len(meant.encode())
-
-
-def test_decomposed_text_is_read_as_a_tokenizer_with_nfc_composes_it(save):
-    folder = save(normalizer=NFC)
-    tokenizer = load_tokenizer(str(folder))
-    assert read(folder, ["cafe\u0301"]) == read(folder, ["caf\u00e9"])
-    assert int(tokenizer.token_bytes[read(folder, ["cafe\u0301"])[0]].sum()) == len("caf\u00e9".encode())
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -181,7 +173,7 @@ def test_ids_are_those_of_the_file_whatever_class_the_config_names(save, named):
     pre_tokenizer = sequence(split(r"\d{1,3}", "Isolated"), BYTES)
     folder = save(pre_tokenizer=pre_tokenizer, config={"tokenizer_class": named})
     texts = ["650841823 of 1997, 12345 the the", *make_texts(5)]
-    file = build_tokenizer((folder / "tokenizer.json").read_text())
+    file = Tokenizer.from_str((folder / "tokenizer.json").read_text())
     plain = [text for text in texts if EOS_TOKEN not in text]
     assert read(folder, plain) == [file.encode(text, add_special_tokens=False).ids for text in plain]
     assert len(plain) > 1
@@ -191,16 +183,8 @@ def test_every_byte_of_utf8_is_in_the_probe_and_the_alphabet_is_the_librarys():
     possible = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
     assert set(PROBE.text.encode()) == possible
     assert set(BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
-    encoded = build_tokenizer(json.dumps(byte_tokens())).encode(PROBE.text).tokens
-    assert bytes(BYTE_OF[character] for token in encoded for character in token) == PROBE.text.encode()
-
-
-def byte_tokens():
-    """A byte-level tokenizer without merges."""
-    vocabulary = {character: i for i, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
-    parts = dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"])
-    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    return {"version": "1.0", "added_tokens": [], "pre_tokenizer": BYTES, "model": model} | parts
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(PROBE.text)
+    assert bytes(BYTE_OF[character] for piece, _ in pieces for character in piece) == PROBE.text.encode()
 
 
 def test_prepare_refuses_and_leaves_nothing_behind(packed_config, save, tmp_path):
@@ -218,5 +202,5 @@ def test_the_source_is_sampled_and_not_only_the_probe(save, monkeypatch):
     folder = save(normalizer=replaced("river", "stone"))
     with pytest.raises(ValueError, match=r"spell 'a stone' where document 1 has 'a river'"):
         read(folder, ["plain", "a river"])
-    monkeypatch.setattr(round_trip, "SAMPLE_CHARACTERS", len(PROBE.text) + 5)
+    monkeypatch.setattr(encode, "SAMPLE_CHARACTERS", len(PROBE.text) + 5)
     assert len(read(folder, ["plain", "a river"])) == 2

@@ -1,54 +1,23 @@
 """Batches: which blocks, in which order, for which rank, from which position."""
 
 import itertools
+import math
 import pickle
+from collections import Counter
 
-import lightning
 import numpy as np
 import pytest
 import torch
+from helpers.tokens import all_tokens, indices, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import indices, request
 
 import ttt_lit.data.shards as shards_module
-from ttt_lit.data.order import SHARDS_PER_GROUP, ShuffledOrder, first_blocks
+from ttt_lit.data.shards import SHARDS_PER_GROUP, ShuffledOrder, first_blocks
 from ttt_lit.data.stream import TokenDataModule
 
 # On one core torch finds any number of workers excessive.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def test_a_batch_holds_the_blocks_it_names(module, packed):
-    manifest = module.manifest("short")
-    tokens = shards_module.TokenReader(packed, manifest.train, manifest.vocab_size).read(0, manifest.train.tokens)
-    for batch in module.open(request()):
-        assert batch["tokens"].shape == (4, 17)
-        assert batch["tokens"].dtype == batch["index"].dtype == torch.int64
-        for row, block in zip(batch["tokens"], batch["index"], strict=True):
-            assert row.tolist() == tokens[block * 17 : (block + 1) * 17].tolist()
-
-
-def test_packed_shards_serve_any_block_size_across_shards(module):
-    manifest = module.manifest("short")
-    assert len(manifest.train.shards) > 2
-    for block_tokens in (5, 100, 1234):
-        blocks = manifest.num_blocks("train", block_tokens)
-        assert blocks == manifest.train.tokens // block_tokens
-        stream = module.open(request(block_tokens=block_tokens, batch_size=1, num_batches=blocks))
-        served = {batch["index"].item(): batch["tokens"][0].numpy() for batch in stream}
-        joined = np.concatenate([served[block] for block in range(blocks)])
-        reader = stream.batches.reader
-        assert (joined == np.concatenate([reader.read(i, 1) for i in range(len(joined))])).all()
-
-
-def test_a_pass_takes_every_block_once_and_the_next_pass_in_another_order(module):
-    blocks = module.manifest("short").train.blocks
-    order = [index for (index,) in indices(module.open(request(batch_size=1, num_batches=2 * blocks)))]
-    first, second = order[:blocks], order[blocks:]
-    assert sorted(first) == sorted(second) == list(range(blocks))
-    assert first != second
-    assert first != sorted(first)
 
 
 def test_the_order_is_that_of_seed_and_stage(module, packed):
@@ -66,8 +35,9 @@ def test_the_order_is_that_of_seed_and_stage(module, packed):
 def test_every_pass_is_a_permutation_with_few_shards_at_a_time(sizes, seed):
     order = ShuffledOrder(np.cumsum([0, *sizes]), seed=seed, stage=3)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
-    for number in range(2):
-        blocks = [order(position) for position in range(number * sum(sizes), (number + 1) * sum(sizes))]
+    passes = [[order(n * sum(sizes) + within) for within in range(sum(sizes))] for n in range(2)]
+    assert passes[0] != passes[1] or sum(sizes) < 20
+    for blocks in passes:
         assert sorted(blocks) == list(range(sum(sizes)))
         # Once a group is left, its shards do not come back: groups hold at most SHARDS_PER_GROUP shards.
         spans = [[i for i, block in enumerate(blocks) if shard_of[block] == s] for s in range(len(sizes)) if sizes[s]]
@@ -92,19 +62,24 @@ def test_ranks_share_a_global_batch_as_one_process_reads_it(module, start):
     alone = list(module.open(request(batch_size=4, start_batch=start)))
     two = [list(module.open(request(batch_size=2, start_batch=start), rank, 2)) for rank in (0, 1)]
     assert len(alone) == len(two[0]) == 30 - start
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in alone[0].items()} == {
+        "tokens": ((4, 17), torch.int64),
+        "index": ((4,), torch.int64),
+        "source": ((4,), torch.int64),
+    }
     for whole, *parts in zip(alone, *two, strict=True):
-        assert torch.equal(whole["tokens"], torch.cat([part["tokens"] for part in parts]))
-        assert torch.equal(whole["index"], torch.cat([part["index"] for part in parts]))
+        assert all(torch.equal(whole[name], torch.cat([part[name] for part in parts])) for name in whole)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_stream_is_the_rest_and_keeps_its_length(packed, num_workers):
+def test_a_resumed_stream_is_the_rest_keeps_its_length_and_moves_no_random_state(packed, num_workers):
+    state = torch.get_rng_state()
     whole = indices(TokenDataModule(short=str(packed)).open(request()))
     for start in (1, 13, 30):
         stream = TokenDataModule(short=str(packed), num_workers=num_workers).open(request(start_batch=start))
         assert len(stream) == 30
-        assert indices(stream) == whole[start:]
-        assert indices(stream) == whole[start:]
+        assert indices(stream) == indices(stream) == whole[start:]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_iterating_does_nothing_before_the_first_batch_is_asked_for(module):
@@ -126,7 +101,8 @@ def test_an_unsized_stream_asks_at_window_starts_when_the_batch_is_wanted(packed
 
     module = TokenDataModule(short=str(packed), num_workers=num_workers)
     stream = module.open(request(num_batches=None, start_batch=3, accumulate=3, should_stop=should_stop))
-    assert not hasattr(stream, "__len__")
+    with pytest.raises(TypeError):
+        len(stream)
     for batch in stream:
         trained.append(batch["index"].tolist())
     # Numbers 3 … 8 of the stage: asked before 3, 6 and 9; five were not yet trained at 6.
@@ -164,7 +140,7 @@ def test_a_per_document_folder_serves_its_own_block_size_only(module):
     [
         ({"num_batches": None}, "num_batches"),
         ({"num_batches": None, "split": "validation", "should_stop": bool}, "num_batches"),
-        ({"num_batches": 3, "start_batch": 4}, "at least start_batch"),
+        ({"num_batches": 3, "start_batch": 4}, "num_batches: got 3, expected at least 4"),
         ({"batch_size": 0}, "batch_size: got 0"),
     ],
 )
@@ -182,83 +158,9 @@ def test_unknown_names_and_too_large_blocks_are_errors(module, packed):
         module.open(request(block_tokens=10_000_000))
 
 
-def test_token_bytes_sum_to_the_bytes_in_the_manifest(module, packed):
-    table = module.token_bytes("short")
-    manifest = module.manifest("short")
-    assert table.shape == (manifest.vocab_size,)
-    assert table.dtype == torch.int64
-    reader = shards_module.TokenReader(packed, manifest.train, manifest.vocab_size)
-    assert table[torch.from_numpy(reader.read(0, manifest.train.tokens))].sum() == manifest.train.stored_bytes
-
-
-def test_the_model_must_have_the_vocabulary_and_the_tokenizer(module):
-    known = module.manifest("short").tokenizer_hash
-    module.check_model(300, known)
-    module.check_model(320, None)
-    with pytest.raises(ValueError, match="vocabulary of 300 tokens, the model has 299"):
-        module.check_model(299, None)
-    with pytest.raises(ValueError, match="made with tokenizer"):
-        module.check_model(300, "0" * 64)
-
-
-def test_a_broken_torchvision_is_reported_before_training(packed, monkeypatch):
-    monkeypatch.setattr(shards_module, "find_spec", lambda name: object())
-
-    def broken(name):
-        raise RuntimeError("operator torchvision::nms does not exist")
-
-    monkeypatch.setattr(shards_module, "import_module", broken)
-    with pytest.raises(ValueError, match="torchvision is installed but broken.*nms"):
-        TokenDataModule(short=str(packed)).setup()
-
-
-class Recorder(lightning.LightningModule):
-    """Two stages: three sized windows of blocks of 17, then an unsized one of blocks of 65."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-        self.validated = []
-
-    def train_request(self, epoch):
-        if epoch == 0:
-            return request(num_batches=6, accumulate=2, stage=0)
-        stop = lambda: len(self.seen) >= 6 + 3  # noqa: E731
-        return request(
-            dataset="long", block_tokens=65, batch_size=2, num_batches=None, accumulate=2, stage=1, should_stop=stop
-        )
-
-    def validation_request(self):
-        return request(split="validation", num_batches=3)
-
-    def training_step(self, batch):
-        self.seen.append((self.current_epoch, *batch["tokens"].shape, batch["index"].tolist()))
-        return self.weight**2
-
-    def validation_step(self, batch):
-        self.validated.append(batch["index"].tolist())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_the_trainer_gets_one_stream_per_stage(module, tmp_path):
-    recorder = Recorder()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        reload_dataloaders_every_n_epochs=1,
-        accumulate_grad_batches=2,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(recorder, module)
-    shapes = [shape[:3] for shape in recorder.seen]
-    assert shapes == [(0, 4, 17)] * 6 + [(1, 2, 65)] * 4
-    assert [shape[3] for shape in recorder.seen[:6]] == indices(module.open(request(num_batches=6)))
-    assert recorder.validated == 2 * indices(module.open(request(split="validation", num_batches=3)))
+def test_unigram_entropy_equals_counting(module, packed, monkeypatch):
+    monkeypatch.setattr(shards_module, "_PIECE", 97)  # several pieces, the last one short
+    tokens = all_tokens(packed, "validation").tolist()
+    shares = [count / len(tokens) for count in Counter(tokens).values()]
+    expected = -sum(share * math.log(share) for share in shares)
+    assert math.isclose(module.unigram_entropy("short"), expected, rel_tol=1e-12)

@@ -1,14 +1,12 @@
 """What a data module finds out about its folders before it serves a block."""
 
-import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from streams import indices, request
+from helpers.tokens import edited, indices, request
 
 from ttt_lit.data.manifest import Manifest, prepare_command
 from ttt_lit.data.stream import TokenDataModule
@@ -84,18 +82,10 @@ def test_a_missing_folder_names_the_config_that_makes_it(tmp_path, monkeypatch):
     [({"format_version": 99}, "format version 99"), ({"dtype": None, "new": 1}, "not a manifest")],
 )
 def test_a_manifest_of_another_kind_is_refused(damaged, changes, message):
-    path = damaged / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with edited(damaged / "manifest.json") as content:
+        content.update(changes)
     with pytest.raises(ValueError, match=message):
         Manifest.load(damaged)
-
-
-@pytest.mark.parametrize("changes, message", [({"split": "other"}, "split"), ({"tokenizer_hash": "0"}, "tokenizers")])
-def test_short_and_long_must_share_tokenizer_and_split(damaged, per_document, changes, message):
-    manifest = dataclasses.replace(Manifest.load(damaged), **changes)
-    (damaged / "manifest.json").write_text(manifest.to_json())
-    with pytest.raises(ValueError, match=message):
-        TokenDataModule(short=str(damaged), long=str(per_document)).setup()
 
 
 def test_only_one_process_of_a_machine_reads_every_byte(damaged):
@@ -107,3 +97,31 @@ def test_only_one_process_of_a_machine_reads_every_byte(damaged):
     first.trainer = SimpleNamespace(local_rank=0)
     with pytest.raises(ValueError, match="SHA-256"):
         first.setup()
+
+
+@pytest.mark.parametrize("changes", [{"split": "other"}, {"tokenizer_hash": "0"}, {"bos_id": 7}])
+def test_short_and_long_must_share_tokenizer_bos_and_split(damaged, per_document, changes):
+    with edited(damaged / "manifest.json") as content:
+        content.update(changes)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}: got .*, expected the same"):
+        TokenDataModule(short=str(damaged), long=str(per_document)).setup()
+
+
+@pytest.mark.parametrize(
+    "changes, vocab_size, message",
+    [
+        ({}, 299, "a text can need token 299, the model has 299"),
+        ({"bos_id": 310}, 300, "blocks begin with token 310, the model has 300"),
+        ({"bos_id": -1}, 300, "blocks begin with token -1"),
+        ({"eos_id": 300}, 300, "EOS is token 300"),
+        ({"tokenizer_hash": "0"}, 300, "made with tokenizer"),
+    ],
+)
+def test_the_model_must_have_the_vocabulary_and_the_tokenizer(damaged, changes, vocab_size, message):
+    known = Manifest.load(damaged).tokenizer_hash
+    TokenDataModule(short=str(damaged)).check_model(300, known)
+    TokenDataModule(short=str(damaged)).check_model(320, None)
+    with edited(damaged / "manifest.json") as content:
+        content.update(changes)
+    with pytest.raises(ValueError, match=message):
+        TokenDataModule(short=str(damaged)).check_model(vocab_size, known)

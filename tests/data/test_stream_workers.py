@@ -7,26 +7,14 @@ import subprocess
 import time
 
 import pytest
-import torch
-from streams import indices, request
+from helpers.tokens import indices, request
 
 import ttt_lit.data.shards as shards_module
 import ttt_lit.data.stream as stream_module
-from ttt_lit.data.stream import TokenDataModule
-from ttt_lit.data.workers import STOP_SIGNALS
+from ttt_lit.data.stream import STOP_SIGNALS, TokenDataModule
 
 # On one core torch finds any number of workers excessive.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def test_any_number_of_workers_reads_the_same_and_leaves_the_random_state_alone(module, packed):
-    workers = TokenDataModule(short=str(packed), seed=5, num_workers=2)
-    state = torch.get_rng_state()
-    for split in ("train", "validation"):
-        wanted = request(split=split, num_batches=6, start_batch=1)
-        pairs = zip(module.open(wanted), workers.open(wanted), strict=True)
-        assert all(torch.equal(mine["tokens"], theirs["tokens"]) for mine, theirs in pairs)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_worker_reads_on_whatever_the_run_is_told_and_ends_when_the_run_ends_it(packed):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from callbacks.stage_checkpoint import StageCheckpoint
-from ttt_lit.data.workers import STOP_SIGNALS
+from ttt_lit.data.stream import STOP_SIGNALS
 from ttt_lit.record.schema import RunRecord
 from ttt_lit.train.resume import resume_file
 from ttt_lit.train.run import assemble, fit

@@ -87,7 +87,7 @@ class Manifest:
     bos_id: int | None
     """First token of every block; null where the tokenizer puts none before a text."""
     split: str
-    """The split rule, see ``split.split_rule``."""
+    """The split rule, see ``corpus.split_rule``."""
     token_bytes: FileEntry
     """.npy, (vocab_size,) int32: bytes of text per token id."""
     train: SplitEntry
@@ -103,14 +103,10 @@ class Manifest:
 
     def side(self, split: str) -> SplitEntry:
         """The entry of ``train`` or ``validation``."""
-        if split not in ("train", "validation"):
+        sides = {"train": self.train, "validation": self.validation}
+        if split not in sides:
             raise ValueError(f"split: got {split!r}, expected 'train' or 'validation'")
-        entry: SplitEntry = getattr(self, split)
-        return entry
-
-    def text_tokens(self, block_tokens: int) -> int:
-        """Tokens of the shards in a block of ``block_tokens`` tokens."""
-        return text_tokens(block_tokens, self.bos_id)
+        return sides[split]
 
     def num_blocks(self, split: str, block_tokens: int) -> int:
         """Blocks of ``block_tokens`` tokens that the split can serve. A per_document folder has its own block size
@@ -121,7 +117,7 @@ class Manifest:
                 f" tokens (context {self.context} + 1); prepare another with context {block_tokens - 1}, or layout"
                 " packed"
             )
-        return self.side(split).tokens // self.text_tokens(block_tokens)
+        return self.side(split).tokens // text_tokens(block_tokens, self.bos_id)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

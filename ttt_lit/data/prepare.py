@@ -11,24 +11,23 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ttt_lit.data.corpus import STDLIB, Corpus, Document
+from ttt_lit.data.corpus import SPLITS, STDLIB, Corpus, Document, split_of, split_rule
+from ttt_lit.data.encode import encode_exactly
 from ttt_lit.data.manifest import FORMAT_VERSION, MANIFEST, Layout, Manifest, file_entry, partial_folder
-from ttt_lit.data.progress import progress_bar
-from ttt_lit.data.round_trip import encode_exactly
 from ttt_lit.data.shards import DTYPE, MAX_SHARD_TOKENS, import_litdata
-from ttt_lit.data.split import SPLITS, split_of, split_rule
 from ttt_lit.data.tokenizer import TextTokenizer, load_tokenizer
-from ttt_lit.data.tokenizer_kinds import UNNAMED_KIND, TokenizerKind
-from ttt_lit.data.train_tokenizer import check_trained, train_tokenizer
-from ttt_lit.data.writer import PROGRESS, SplitWriter
+from ttt_lit.data.train_tokenizer import UNNAMED_KIND, TokenizerKind, obtain_tokenizer
+from ttt_lit.data.writer import ARRAYS, PROGRESS, SplitWriter
 from ttt_lit.identity import tokenizer_hash
 
 
@@ -69,36 +68,33 @@ class PrepareConfig:
     """Processes that tokenise. 0: this one, with the tokenizers library's own threads."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.context < 1:
-            problems.append(f"context: got {self.context}, expected at least 1 token")
-        if self.layout not in get_args(Layout):
-            problems.append(f"layout: got {self.layout!r}, expected one of {get_args(Layout)}")
-        problems += self._kind_problems()
-        if not 0 < self.validation_fraction < 1:
-            problems.append(f"validation_fraction: got {self.validation_fraction}, expected a number between 0 and 1")
-        for name in ("max_documents", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name}: got {value}, expected at least 1, or null")
-        if not self.context < self.shard_tokens <= MAX_SHARD_TOKENS:
-            problems.append(f"shard_tokens: got {self.shard_tokens}, expected from context + 1 to {MAX_SHARD_TOKENS}")
-        if self.num_workers < 0:
-            problems.append(f"num_workers: got {self.num_workers}, expected 0 or more")
-        if self.source == STDLIB and self.text_field != "text":
-            problems.append("text_field: source stdlib has no fields; leave it out")
-        if problems:
-            raise ValueError("PrepareConfig: " + "; ".join(problems))
-
-    def _kind_problems(self) -> list[str]:
-        if self.tokenizer_kind not in get_args(TokenizerKind):
-            return [f"tokenizer_kind: got {self.tokenizer_kind!r}, expected one of {get_args(TokenizerKind)}"]
-        if self.train_tokenizer is None and self.tokenizer_kind != "byte_level":
-            return [
+        layouts, kinds = get_args(Layout), get_args(TokenizerKind)
+        expected = {
+            "context": (self.context >= 1, "at least 1 token"),
+            "layout": (self.layout in layouts, f"one of {layouts}"),
+            "tokenizer_kind": (self.tokenizer_kind in kinds, f"one of {kinds}"),
+            "validation_fraction": (0 < self.validation_fraction < 1, "a number between 0 and 1"),
+            "max_documents": (self.max_documents is None or self.max_documents >= 1, "at least 1, or null"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1, or null"),
+            "shard_tokens": (
+                self.context < self.shard_tokens <= MAX_SHARD_TOKENS,
+                f"from context + 1 to {MAX_SHARD_TOKENS}",
+            ),
+            "num_workers": (self.num_workers >= 0, "0 or more"),
+            "text_field": (self.source != STDLIB or self.text_field == "text", "none: source stdlib has no fields"),
+        }
+        problems = [
+            f"{name}: got {getattr(self, name)!r}, expected {what}"
+            for name, (holds, what) in expected.items()
+            if not holds
+        ]
+        if self.train_tokenizer is None and self.tokenizer_kind == "byte_fallback":
+            problems.append(
                 f"tokenizer_kind: got {self.tokenizer_kind!r} without train_tokenizer, so nothing is trained; set"
                 " train_tokenizer or leave tokenizer_kind out"
-            ]
-        return []
+            )
+        if problems:
+            raise ValueError("PrepareConfig: " + "; ".join(problems))
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides about the bytes of the output."""
@@ -115,9 +111,8 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> Manifest:
     if finished is not None:
         return finished
     import_litdata()
-    _make_tokenizer(config, progress=progress)
-    tokenizer = load_tokenizer(config.tokenizer)
-    run = _Run(config, partial_folder(output), tokenizer)
+    _train_tokenizer(config, progress=progress)
+    run = _Run(config, partial_folder(output), load_tokenizer(config.tokenizer))
     run.start()
     try:
         run.write_documents(progress=progress)
@@ -139,8 +134,7 @@ def _finished(config: PrepareConfig, output: Path) -> Manifest | None:
     manifest = Manifest.load(output)
     _check_same(config, manifest.config, output)
     folder = Path(config.tokenizer)
-    if config.train_tokenizer is not None:
-        _make_tokenizer(config, progress=False)
+    _train_tokenizer(config, progress=False)
     if folder.is_dir() and tokenizer_hash(folder) != manifest.tokenizer_hash:
         raise ValueError(
             f"output {output}: made with another tokenizer than {folder} holds now; delete it or name another output"
@@ -163,32 +157,19 @@ def _check_same(config: PrepareConfig, found: dict[str, Any], folder: Path) -> N
         )
 
 
-def _documents(config: PrepareConfig, corpus: Corpus) -> Iterator[Document]:
-    return islice(corpus, config.max_documents)
-
-
-def _make_tokenizer(config: PrepareConfig, *, progress: bool) -> None:
-    folder = Path(config.tokenizer)
+def _train_tokenizer(config: PrepareConfig, *, progress: bool) -> None:
     if config.train_tokenizer is None:
-        return
-    if folder.is_dir():
-        check_trained(
-            folder,
-            kind=config.tokenizer_kind,
-            vocab_size=config.train_tokenizer,
-            validation_fraction=config.validation_fraction,
-        )
         return
 
     def read() -> Iterator[Document]:
         corpus = Corpus(config.source, config.text_field)
-        with progress_bar("Reading text for the tokenizer", corpus.total_bytes, shown=progress) as advance:
-            for document in _documents(config, corpus):
+        with _progress_bar("Reading text for the tokenizer", corpus.total_bytes, shown=progress) as advance:
+            for document in islice(corpus, config.max_documents):
                 advance(corpus.consumed_bytes)
                 yield document
 
-    train_tokenizer(
-        folder,
+    obtain_tokenizer(
+        Path(config.tokenizer),
         read,
         kind=config.tokenizer_kind,
         vocab_size=config.train_tokenizer,
@@ -197,94 +178,90 @@ def _make_tokenizer(config: PrepareConfig, *, progress: bool) -> None:
     )
 
 
+@contextmanager
+def _progress_bar(title: str, total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes how much of ``total`` is done; without a total, no estimate."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *times, disable=not shown) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+        if total is not None:
+            bar.update(task, completed=total)
+
+
 class _Run:
     """One preparation: the partial folder, its journal, a writer per split."""
 
     def __init__(self, config: PrepareConfig, folder: Path, tokenizer: TextTokenizer) -> None:
         self.config, self.folder, self.tokenizer = config, folder, tokenizer
-        self.writers = {
-            split: SplitWriter(
-                folder, split, tokenizer, context=config.context, layout=config.layout, shard_tokens=config.shard_tokens
-            )
-            for split in SPLITS
-        }
+        self.journal = folder / PROGRESS / "journal.npz"
+        options: Any = {"context": config.context, "layout": config.layout, "shard_tokens": config.shard_tokens}
+        self.writers = {split: SplitWriter(folder, split, tokenizer, **options) for split in SPLITS}
         self.documents = 0
-        self.generation = 0
-        self.chain = b""
+        self.chain = ""
         """Hash over the texts of all documents so far, in order: tells whether a resume reads the same source."""
+        # Where documents are cut depends on BOS, which the hash alone does not decide.
+        self.tokenizer_identity = [tokenizer.hash, tokenizer.bos_id]
 
     @property
-    def journal(self) -> Path:
-        return self.folder / PROGRESS / "journal.json"
+    def tokens(self) -> int:
+        return sum(writer.counts["tokens"] for writer in self.writers.values())
 
     def start(self) -> None:
         """Begin, or continue what the journal records."""
         if not self.journal.is_file():
+            if any(self.folder.rglob("chunk-*.bin")):
+                raise ValueError(f"{self.folder}: shards without {self.journal.name}; delete it and run prepare again")
             self.journal.parent.mkdir(parents=True, exist_ok=True)
             self.save()
             return
-        state = json.loads(self.journal.read_text())
-        _check_same(self.config, state["config"], self.folder)
-        # Where documents are cut depends on BOS, which the hash alone does not decide.
-        if (state["tokenizer_hash"], state.get("bos_id")) != (self.tokenizer.hash, self.tokenizer.bos_id):
-            raise ValueError(
-                f"{self.folder}: begun with another tokenizer than {self.config.tokenizer}; delete it and run prepare"
-                " again"
-            )
-        self.documents, self.generation, self.chain = (
-            state["documents"],
-            state["generation"],
-            bytes.fromhex(state["chain"]),
-        )
-        for split, writer in self.writers.items():
-            writer.restore(state["splits"][split])
+        with np.load(self.journal) as saved:
+            state = json.loads(str(saved["state"]))
+            _check_same(self.config, state["config"], self.folder)
+            if state["tokenizer"] != self.tokenizer_identity:
+                raise ValueError(
+                    f"{self.folder}: begun with another tokenizer than {self.config.tokenizer}; delete it and run"
+                    " prepare again"
+                )
+            self.documents, self.chain = state["documents"], state["chain"]
+            for split, writer in self.writers.items():
+                writer.restore(state["splits"][split], {name: saved[f"{split}_{name}"] for name in ARRAYS})
 
     def save(self) -> None:
-        """Record that everything up to here need not be done again."""
-        self.generation += 1
-        splits = {split: writer.save(self.generation) for split, writer in self.writers.items()}
+        """Record, in one file that replaces the last, that everything up to here need not be done again."""
         state = {
             "config": self.config.recorded(),
-            "tokenizer_hash": self.tokenizer.hash,
-            "bos_id": self.tokenizer.bos_id,
+            "tokenizer": self.tokenizer_identity,
             "documents": self.documents,
-            "generation": self.generation,
-            "chain": self.chain.hex(),
-            "splits": splits,
+            "chain": self.chain,
+            "splits": {split: writer.plain() for split, writer in self.writers.items()},
         }
-        temporary = self.journal.with_suffix(".new")
-        temporary.write_text(json.dumps(state))
+        arrays: dict[str, Any] = {}
+        for split, writer in self.writers.items():
+            arrays |= {f"{split}_{name}": array for name, array in writer.arrays().items()}
+        temporary = self.journal.with_name("new.npz")
+        np.savez(temporary, state=np.array(json.dumps(state)), **arrays)
         temporary.replace(self.journal)
-        kept = {split["pending"] for split in splits.values()}
-        for path in self.journal.parent.glob("*-pending-*.npy"):
-            if path.name not in kept:
-                path.unlink()
 
     def write_documents(self, *, progress: bool) -> None:
         """Tokenise and write what is not yet written."""
-        limit = self.config.max_tokens
+        limit, fraction = self.config.max_tokens, self.config.validation_fraction
         corpus = Corpus(self.config.source, self.config.text_field)
         total = corpus.total_bytes if limit is None else limit
-        with progress_bar(f"Preparing {self.config.output}", total, shown=progress) as advance:
-            documents = self._skip_done(_documents(self.config, corpus))
+        with _progress_bar(f"Preparing {self.config.output}", total, shown=progress) as advance:
+            documents = self._skip_done(islice(corpus, self.config.max_documents))
             for document, ids in encode_exactly(documents, self.tokenizer, self.config.num_workers):
                 if limit is not None and self.tokens >= limit:
                     break
-                self._write_document(document, ids)
+                self.documents += 1
+                self.chain = _link(self.chain, document)
+                if self.writers[split_of(document, fraction)].add(document, ids):
+                    self.save()
                 advance(corpus.consumed_bytes if limit is None else self.tokens)
 
-    @property
-    def tokens(self) -> int:
-        return sum(writer.counts.tokens for writer in self.writers.values())
-
-    def _write_document(self, document: Document, ids: np.ndarray) -> None:
-        self.documents += 1
-        self.chain = _link(self.chain, document)
-        if self.writers[split_of(document, self.config.validation_fraction)].add(document, ids):
-            self.save()
-
     def _skip_done(self, documents: Iterator[Document]) -> Iterator[Document]:
-        chain = b""
+        chain = ""
         for document in islice(documents, self.documents):
             chain = _link(chain, document)
         if chain != self.chain:
@@ -297,7 +274,7 @@ class _Run:
     def finish(self) -> Manifest:
         """Write what remains, and the manifest."""
         for split, writer in self.writers.items():
-            if writer.counts.documents == 0:
+            if writer.counts["documents"] == 0:
                 shutil.rmtree(self.folder)
                 raise ValueError(
                     f"source {self.config.source}: {split} got no document of at least {self.config.context} tokens out"
@@ -323,5 +300,5 @@ class _Run:
         return manifest
 
 
-def _link(chain: bytes, document: Document) -> bytes:
-    return hashlib.sha256(chain + document.digest()).digest()
+def _link(chain: str, document: Document) -> str:
+    return hashlib.sha256(chain.encode() + document.digest()).hexdigest()

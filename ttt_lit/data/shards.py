@@ -1,4 +1,4 @@
-"""LitData shards of tokens: one writer, one reader.
+"""LitData shards of tokens: one writer, one reader, and the order in which blocks are read.
 
 A shard is a LitData chunk with one item, its tokens as int32 without a header of their own. LitData writes the shards,
 so its StreamingDataset can read them; we read them through a memory map: LitData drops each chunk's remainder modulo
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import OrderedDict
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,39 +25,41 @@ DTYPE = "int32"
 MAX_SHARD_TOKENS = 2**29
 """LitData's offsets inside a chunk are 32-bit byte counts."""
 OPEN_SHARDS = 64
+SHARDS_PER_GROUP = 8
+GROUPS_IN_MEMORY = 4
 INSTALL_LITDATA = "pip install --no-deps litdata==0.2.76"
+_IMPORT_ERRORS = (ImportError, RuntimeError, OSError)
+_PIECE = 1 << 20
+"""Tokens that are counted at once."""
 
 
 def import_litdata() -> ModuleType:
     """LitData's streaming package. Raises ValueError with the way out if it, or a torchvision beside it, cannot be
     imported."""
-    if find_spec("litdata") is None:
-        raise ValueError(
-            f"litdata is not installed: {INSTALL_LITDATA} (its dependencies are already ours, torchvision is not"
-            " wanted)"
-        )
+    check_torchvision()
     try:
         return import_module("litdata.streaming")
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        broken = torchvision_problem()
-        if broken is not None:
-            raise ValueError(
-                f"litdata cannot be imported: {broken}; pip uninstall torchvision (tokens need none)"
-            ) from error
-        raise ValueError(f"litdata cannot be imported ({reason}); {INSTALL_LITDATA}") from error
+    except _IMPORT_ERRORS as error:
+        raise ValueError(
+            f"litdata cannot be imported ({_first_line(error)}); {INSTALL_LITDATA} (its dependencies are already ours,"
+            " torchvision is not wanted)"
+        ) from error
 
 
-def torchvision_problem() -> str | None:
-    """What is wrong with an installed torchvision; None if it works or is absent. One built for another torch breaks
-    its importers."""
+def check_torchvision() -> None:
+    """ValueError if an installed torchvision is broken: one built for another torch breaks its importers."""
     if find_spec("torchvision") is None:
-        return None
+        return
     try:
         import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"torchvision is installed but broken ({str(error).strip().splitlines()[0]})"
-    return None
+    except _IMPORT_ERRORS as error:
+        raise ValueError(
+            f"torchvision is installed but broken ({_first_line(error)}); pip uninstall torchvision (nothing here needs it)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def write_shard(
@@ -97,12 +99,9 @@ class TokenReader:
     """Random access to the tokens of one split as one long array, shard after shard."""
 
     def __init__(self, folder: Path, entry: SplitEntry, vocab_size: int) -> None:
-        self.folder = folder
-        self.entry = entry
-        self.vocab_size = vocab_size
-        self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in entry.shards])])
+        self.folder, self.entry, self.vocab_size = folder, entry, vocab_size
+        self.starts = np.cumsum([0, *(shard.tokens for shard in entry.shards)])
         """(shards + 1,) int64: position of each shard's first token, then the number of tokens."""
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """(count,) int64 tokens from position ``start``. Raises ValueError naming the shard if an id is not in the
@@ -122,10 +121,18 @@ class TokenReader:
             start, count = start + len(piece), count - len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def unigram_entropy(self) -> float:
+        """Entropy in nats per token of the token frequencies: the loss of knowing those and nothing else, which a trained
+        model must leave well behind."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        total = int(self.starts[-1])
+        for start in range(0, total, _PIECE):
+            counts += np.bincount(self.read(start, min(_PIECE, total - start)), minlength=self.vocab_size)
+        share = counts[counts > 0] / total
+        return float(-(share * np.log(share)).sum())
+
+    @lru_cache(OPEN_SHARDS)  # noqa: B019 (bounded, so few readers are kept alive)
     def _map(self, shard: int) -> np.ndarray:
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
         entry = self.entry.shards[shard]
         path = self.folder / entry.file
         try:
@@ -133,10 +140,54 @@ class TokenReader:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: missing or cut off since the start ({error}); {remake(self.folder)}") from error
         # One item per chunk: its number, then the byte offsets of its two ends, before the tokens.
-        self._maps[shard] = words[3 : 3 + entry.tokens]
-        if len(self._maps) > OPEN_SHARDS:
-            self._maps.popitem(last=False)
-        return self._maps[shard]
+        return words[3 : 3 + entry.tokens]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": OrderedDict()}
+
+class ShuffledOrder:
+    """Position ≥ 0 → block, a function of (seed, stage) without state. Endless; position // num_blocks is the pass.
+
+    A pass takes every block once: shards in random order, then blocks in random order inside groups of shards, so that
+    few shards are open at a time. The next pass has another permutation.
+    """
+
+    def __init__(self, first_blocks: np.ndarray, *, seed: int, stage: int) -> None:
+        """``first_blocks``, (shards + 1,): the first block that begins in each shard, then the number of blocks."""
+        self.first_blocks = first_blocks
+        self.num_blocks = int(first_blocks[-1])
+        self.seed, self.stage = seed, stage
+
+    def __call__(self, position: int) -> int:
+        number, within = divmod(position, self.num_blocks)
+        _, ends = self._groups(number)
+        group = int(np.searchsorted(ends, within, side="right"))
+        begin = int(ends[group - 1]) if group else 0
+        return int(self._blocks(number, group)[within - begin])
+
+    @lru_cache(2)  # noqa: B019 (bounded, so few orders are kept alive)
+    def _groups(self, number: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Shards of each group of a pass, and the position in the pass at which each group ends."""
+        shards = self._generator(number, 0).permutation(len(self.first_blocks) - 1)
+        groups = [shards[start : start + SHARDS_PER_GROUP] for start in range(0, len(shards), SHARDS_PER_GROUP)]
+        sizes = [int((self.first_blocks[group + 1] - self.first_blocks[group]).sum()) for group in groups]
+        return groups, np.cumsum(sizes)
+
+    @lru_cache(GROUPS_IN_MEMORY)  # noqa: B019
+    def _blocks(self, number: int, group: int) -> np.ndarray:
+        shards = self._groups(number)[0][group]
+        blocks = np.concatenate([np.arange(self.first_blocks[shard], self.first_blocks[shard + 1]) for shard in shards])
+        return self._generator(number, 1 + group).permutation(blocks)
+
+    def _generator(self, number: int, part: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, self.stage, number, part]))
+
+
+def spread_block(num_blocks: int, wanted: int, position: int) -> int:
+    """``wanted`` of the blocks, evenly spread and in order: validation. A prefix would be a few long documents."""
+    return position * num_blocks // wanted
+
+
+def first_blocks(shard_starts: np.ndarray, text_tokens: int) -> np.ndarray:
+    """(shards + 1,): the first block of ``text_tokens`` tokens of the shards that begins in each shard. A block that
+    crosses a boundary belongs to the shard of its first token."""
+    num_blocks = int(shard_starts[-1]) // text_tokens
+    return np.minimum(-(-shard_starts // text_tokens), num_blocks)

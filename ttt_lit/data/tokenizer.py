@@ -50,9 +50,7 @@ class TextTokenizer:
     spelling: tuple[bytes, ...]
     """The normalised text that each token stands for; empty for tokens that never arise from text."""
     token_bytes: np.ndarray
-    """(vocab_size,) int32: bytes of normalised text per token; 0 for tokens that never arise from text."""
-    forbidden: np.ndarray
-    """(vocab_size,) bool: tokens that never arise from text."""
+    """(vocab_size,) int32: bytes of normalised text per token; 0 exactly for tokens that never arise from text."""
     definition: str
     """JSON of the ``tokenizers.Tokenizer`` that encodes text: no special tokens, post-processor, padding,
     truncation, dropout."""
@@ -68,16 +66,26 @@ def load_tokenizer(name: str) -> TextTokenizer:
     Ids are those of tokenizer.json where there is one, whatever class tokenizer_config.json names: transformers 5
     rebuilds that class with its own normalizer and pre-tokenizer.
     """
-    folder = tokenizer_folder(name)
-    _check_readable(folder, name)
+    folder = _find_folder(name)
+    digest = tokenizer_hash(folder)
+    if digest is None:
+        raise FileNotFoundError(
+            f"tokenizer {name}: expected a folder with one of {', '.join(DEFINING_FILES)}; give the model's folder, or"
+            " import the model first: python cli.py import --source MODEL --output FOLDER (its tokenizer:"
+            " FOLDER/tokenizer)"
+        )
+    has_fast = (folder / FAST_FILE).is_file()
+    if not has_fast:
+        _check_sentencepiece(name)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    kind: Any = PreTrainedTokenizerFast if (folder / FAST_FILE).is_file() else AutoTokenizer
+    kind: Any = PreTrainedTokenizerFast if has_fast else AutoTokenizer
     try:
         tokenizer: Any = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"tokenizer {name}: transformers cannot load it ({_first_line(error)}); expected tokenizer.json and"
+            f"tokenizer {name}: transformers cannot load it ({reason}); expected tokenizer.json and"
             f" tokenizer_config.json in {folder}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -97,58 +105,63 @@ def load_tokenizer(name: str) -> TextTokenizer:
     blocked = special_strings(full) | {tokenizer.eos_token}
     definition = text_only(full, blocked)
     added = {token["content"] for token in definition["added_tokens"]}
-    forbidden = np.ones(vocab_size, dtype=bool)
-    forbidden[[index for token, index in vocabulary.items() if token not in blocked]] = False
     spelling = [b""] * vocab_size
     for token, index in vocabulary.items():
-        if not forbidden[index]:
+        if token not in blocked:
             # Added tokens are spelt as themselves, not in the alphabet of bytes.
-            spelling[index] = spell_token(token, byte_level=byte_level and token not in added)
+            spelling[index] = _spell_token(token, byte_level=byte_level and token not in added)
     return TextTokenizer(
         name=name,
-        hash=_known_hash(folder),
+        hash=digest,
         vocab_size=vocab_size,
         eos_id=int(tokenizer.eos_token_id),
         bos_id=_find_bos(tokenizer, name),
         byte_level=byte_level,
         spelling=tuple(spelling),
         token_bytes=np.array([len(spelt) for spelt in spelling], dtype=np.int32),
-        forbidden=forbidden,
         definition=json.dumps(definition, ensure_ascii=False),
     )
 
 
-def tokenizer_folder(name: str) -> Path:
+def step_kinds(part: Any) -> list[str]:
+    """Types of a normalizer's or pre-tokenizer's steps, in order."""
+    if part is None:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers") or ()
+    own = [part["type"]] if part["type"] != "Sequence" else []
+    return own + [kind for step in inner for kind in step_kinds(step)]
+
+
+def _find_folder(name: str) -> Path:
     """The local folder of a tokenizer; a hub id is fetched first (tokenizer files only, no code, no pickles)."""
     folder = Path(name)
-    if not folder.is_dir() and _is_hub_id(name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    # A path has a leading dot or slash, or more than one slash; ORGANISATION/NAME has neither.
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not folder.parent.is_dir()
+    if folder.is_dir() or not hub_id:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        try:
-            folder = Path(
-                snapshot_download(name, allow_patterns=["tokenizer*", "spiece.model", "special_tokens_map.json"])
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"tokenizer {name}: no such folder, and not to be had from the Hugging Face hub"
-                f" ({type(error).__name__}); give the model's folder, or log in with `hf auth login` and accept the"
-                " model's licence on its page"
-            ) from error
-    if not any((folder / file).is_file() for file in DEFINING_FILES):
+    try:
+        return Path(snapshot_download(name, allow_patterns=["tokenizer*", "spiece.model", "special_tokens_map.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"tokenizer {name}: expected a folder with one of {', '.join(DEFINING_FILES)}; give the model's folder, or"
-            " import the model first: python cli.py import --source MODEL --output FOLDER (its tokenizer:"
-            " FOLDER/tokenizer)"
-        )
-    return folder
+            f"tokenizer {name}: no such folder, and not to be had from the Hugging Face hub"
+            f" ({type(error).__name__}); give the model's folder, or log in with `hf auth login` and accept the"
+            " model's licence on its page"
+        ) from error
 
 
-def _known_hash(folder: Path) -> str:
-    digest = tokenizer_hash(folder)
-    if digest is None:
-        raise FileNotFoundError(f"tokenizer {folder}: expected a folder with one of {', '.join(DEFINING_FILES)}")
-    return digest
+def _check_sentencepiece(name: str) -> None:
+    """Without these packages transformers takes a SentencePiece model for something else, and says so."""
+    try:
+        for package in ("sentencepiece", "google.protobuf"):
+            import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"tokenizer {name}: reading a SentencePiece model without {FAST_FILE} needs two more packages: pip"
+            " install sentencepiece==0.2.3 protobuf"
+        ) from error
 
 
 def _find_bos(tokenizer: Any, name: str) -> int | None:
@@ -179,7 +192,7 @@ def text_only(full: dict[str, Any], blocked: set[str]) -> dict[str, Any]:
     return full | {"model": model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
 
 
-def spell_token(token: str, *, byte_level: bool) -> bytes:
+def _spell_token(token: str, *, byte_level: bool) -> bytes:
     """The text that a token stands for."""
     if byte_level:
         # A token outside the alphabet cannot arise: the pre-tokenizer writes nothing else.
@@ -189,24 +202,10 @@ def spell_token(token: str, *, byte_level: bool) -> bytes:
     return token.replace(SPACE_PIECE, " ").encode()
 
 
-def _check_readable(folder: Path, name: str) -> None:
-    """Without these packages transformers takes a SentencePiece model for something else, and says so."""
-    if (folder / "tokenizer.json").is_file():
-        return
-    try:
-        for package in ("sentencepiece", "google.protobuf"):
-            import_module(package)
-    except ImportError as error:
-        raise ValueError(
-            f"tokenizer {name}: reading a SentencePiece model without tokenizer.json needs two more packages: pip"
-            " install sentencepiece==0.2.3 protobuf"
-        ) from error
-
-
 def _is_byte_level(full: dict[str, Any], name: str) -> bool:
     model = full["model"]
     if model["type"] == "BPE":
-        if _mentions(full["pre_tokenizer"], "ByteLevel"):
+        if "ByteLevel" in step_kinds(full["pre_tokenizer"]):
             return True
         if model.get("byte_fallback") and all(piece in model["vocab"] for piece in BYTE_PIECES):
             return False
@@ -216,21 +215,6 @@ def _is_byte_level(full: dict[str, Any], name: str) -> bool:
     )
 
 
-def _mentions(part: Any, kind: str) -> bool:
-    if isinstance(part, dict):
-        return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
-    return isinstance(part, list) and any(_mentions(value, kind) for value in part)
-
-
 def _merged(merge: Any) -> str:
     # Old files write a merge as "a b", new ones as ["a", "b"].
     return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _is_hub_id(name: str) -> bool:
-    # A path has a leading dot or slash, or more than one slash; ORGANISATION/NAME has neither.
-    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).parent.is_dir()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ttt_lit.data.stream import StreamRequest, TokenDataModule
@@ -51,7 +51,7 @@ def held_out_blocks(data: TokenDataModule, context: int, limit: int) -> list[Blo
     )
     batches = data.open(request).batches
     numbers: dict[int, list[int]] = {}
-    for number, document in enumerate(data.sources(request, torch.arange(count)).tolist()):
+    for number, document in enumerate(batches.sources(np.arange(count)).tolist()):
         numbers.setdefault(document, []).append(number)
     found = []
     for document in spread(sorted(numbers), limit):

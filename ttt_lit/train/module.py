@@ -327,7 +327,7 @@ class TTTModule(L.LightningModule):
     def measure(self, batch: dict[str, Tensor], evaluation: Evaluation) -> None:
         """Add the losses of held-out long blocks under every setting of the inner loop that the stage has, at its full rate.
 
-        ``batch`` holds tokens (B, T+1) and index (B,), as the data module streams them.
+        ``batch`` holds tokens (B, T+1) and source (B,), as the data module streams them.
         """
         tokens = batch["tokens"].to(self.device)
         losses: dict[Inner, Tensor] = {
@@ -340,8 +340,7 @@ class TTTModule(L.LightningModule):
         """Add token losses (B, T) of held-out long blocks, measured in whatever way, with what identifies the blocks."""
         tokens = batch["tokens"]
         num_bytes = target_bytes(tokens, self._tables["long"])
-        sources = self.datamodule.sources(self.held_out(1), batch["index"].cpu())
-        evaluation.update(losses, num_bytes, block_ids(tokens), sources)
+        evaluation.update(losses, num_bytes, block_ids(tokens), batch["source"])
 
     # State --------------------------------------------------------------------------------------------------------------------
 
