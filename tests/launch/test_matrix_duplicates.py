@@ -2,7 +2,7 @@
 
 import pytest
 
-from ttt_lit.launch.matrix_settings import resolve
+from ttt_lit.launch.matrix import resolve
 
 
 def names(runs):
