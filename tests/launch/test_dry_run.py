@@ -1,10 +1,6 @@
 """What a matrix prints before anything starts: commands, budgets, hours and memory, and what is not known yet."""
 
-import dataclasses
-import functools
-import itertools
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +9,17 @@ import yaml
 
 from ttt_lit.launch import dry_run as module
 from ttt_lit.launch.command import LaunchOptions
-from ttt_lit.model.spec import LayerSpec, ModelSpec
-from ttt_lit.plan import memory as plan_memory
-from ttt_lit.plan.announced import announced
 from ttt_lit.plan.config import NotKnown
 from ttt_lit.plan.devices import device_named
 from ttt_lit.plan.plan import PlanOptions
-from ttt_lit.plan.rehearsal import MicroBatch, Peaks
-from ttt_lit.ttt.settings import EngineConfig
 
 DEVICE = device_named("h200", peak_tflops=None, memory_gib=None)
 OPTIONS = LaunchOptions(config="m.yaml")
+
+
+def plan_of(*stages):
+    """As the planner returns it."""
+    return None, DEVICE, None, list(stages)
 
 
 def dry_run(options, planning, check=lambda command_lines: [None] * len(command_lines)):
@@ -48,9 +44,9 @@ def plans(tmp_path, monkeypatch):
         stage = {"device_hours": 10.0, "memory": SimpleNamespace(total=3 * 2**30)}
         if "--model.budget.gpu_hours" in arguments:
             stage["device_hours"] = float(arguments[arguments.index("--model.budget.gpu_hours") + 1]) / 2
-        return [SimpleNamespace(**stage), SimpleNamespace(**stage)], DEVICE
+        return plan_of(SimpleNamespace(**stage), SimpleNamespace(**stage))
 
-    monkeypatch.setattr(module, "_planned_stages", planned)
+    monkeypatch.setattr(module, "planned", planned)
     return made
 
 
@@ -83,25 +79,22 @@ def test_a_finished_baseline_decides_the_budget_and_nothing_is_written(plans, tm
 
 def test_what_does_not_exist_yet_is_unknown_and_not_in_the_sum(plans, monkeypatch, capsys):
     def planned(arguments, planning):
-        raise FileNotFoundError(
-            "model.start.init_from: artifacts/checkpoint does not exist, so the network's shape is not known"
-        )
+        raise FileNotFoundError("model.start.init_from: artifacts/checkpoint does not exist; use --shape FILE")
 
-    monkeypatch.setattr(module, "_planned_stages", planned)
+    monkeypatch.setattr(module, "planned", planned)
     assert dry_run(OPTIONS, PlanOptions()) == 0
     out = capsys.readouterr().out
-    assert "budget 1,000 tokens; unknown: artifacts/checkpoint does not exist yet" in out
-    assert out.splitlines()[-1] == (
-        "4 runs: GPU-hours not known (artifacts/checkpoint does not exist yet; until it does, give the network's shape with --shape FILE)"
-    )
+    why = "model.start.init_from: artifacts/checkpoint does not exist; use --shape FILE"
+    assert f"budget 1,000 tokens; unknown: {why}" in out
+    assert out.splitlines()[-1] == f"4 runs: GPU-hours not known ({why})"
 
 
 def test_hours_that_need_a_peak_say_so_beside_those_that_are_known(plans, monkeypatch, capsys):
     def planned(arguments, planning):
         hours = None if "configs/q_a.yaml" in arguments else 10.0
-        return [SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=0.0))], DEVICE
+        return plan_of(SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=0.0)))
 
-    monkeypatch.setattr(module, "_planned_stages", planned)
+    monkeypatch.setattr(module, "planned", planned)
     plain = yaml.safe_load(Path("m.yaml").read_text())
     plain["runs"][0].pop("gpu_hours")
     Path("m.yaml").write_text(yaml.safe_dump(plain))
@@ -113,7 +106,7 @@ def test_hours_that_need_a_peak_say_so_beside_those_that_are_known(plans, monkey
 
 def test_memory_that_a_device_does_not_have_is_said(plans, monkeypatch, capsys):
     stage = SimpleNamespace(device_hours=10.0, memory=SimpleNamespace(total=140 * 2**30))
-    monkeypatch.setattr(module, "_planned_stages", lambda arguments, planning: ([stage], DEVICE))
+    monkeypatch.setattr(module, "planned", lambda arguments, planning: plan_of(stage))
     dry_run(OPTIONS, PlanOptions())
     assert "140 GiB on each device, MORE THAN 90% of 141 GiB" in capsys.readouterr().out
 
@@ -182,57 +175,10 @@ def test_settings_that_do_not_fit_the_network_are_an_error_and_what_the_machine_
     def planned(arguments, planning):
         raise wrong if "configs/q_base.yaml" in arguments else NotKnown("trainer.devices: got auto")
 
-    monkeypatch.setattr(module, "_planned_stages", planned)
+    monkeypatch.setattr(module, "planned", planned)
     assert dry_run(OPTIONS, PlanOptions()) == 1
     out = capsys.readouterr().out
     assert "budget 1,000 tokens; error: stage C: updated_layers: got [9]" in out
     assert "unknown: trainer.devices: got auto" in out
     wrong = NotKnown("it depends")
     assert dry_run(OPTIONS, PlanOptions()) == 0
-
-
-# How long it takes --------------------------------------------------------------------------------------------------------------
-
-
-SPEC = ModelSpec(
-    vocab_size=8, hidden_size=4, intermediate_size=4, num_heads=1, num_kv_heads=1, head_dim=4, layers=(LayerSpec(),)
-)
-BATCH = MicroBatch(
-    sequences=1,
-    context=8,
-    chunk=4,
-    mode="none",
-    engine=EngineConfig(),
-    half=True,
-    on_cpu=False,
-    gradients_exist=True,
-    sharded=True,
-)
-
-
-def test_what_a_rehearsal_cannot_tell_apart_is_rehearsed_once(monkeypatch):
-    made = []
-
-    def rehearse(spec, batch):
-        made.append((spec, batch))
-        return Peaks(1, 1, 1)
-
-    monkeypatch.setattr(plan_memory, "_rehearsed_once", functools.cache(rehearse))
-    wide = SPEC.with_layers((LayerSpec(window=100),))
-    for spec, exist in itertools.product((SPEC, wide), (True, False)):
-        plan_memory._rehearsed(spec, dataclasses.replace(BATCH, gradients_exist=exist))
-    assert len(made) == 1
-    plan_memory._rehearsed(SPEC, dataclasses.replace(BATCH, sharded=False))
-    plan_memory._rehearsed(SPEC, dataclasses.replace(BATCH, context=4))
-    assert len(made) == 3
-
-
-def test_what_takes_long_is_said_and_what_does_not_is_not(capsys):
-    with announced("quick", after_seconds=60):
-        pass
-    said = ""
-    with announced("slow", after_seconds=0.0):
-        while not said:
-            time.sleep(0.001)
-            said = capsys.readouterr().err
-    assert said == "slow\n"

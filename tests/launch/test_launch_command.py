@@ -11,8 +11,8 @@ from helpers.launching import FAKE, ROOT, ends, local
 from rich.console import Console
 
 from ttt_lit.launch import command, slurm
-from ttt_lit.launch.check import errors_in_a_process, faults
-from ttt_lit.launch.matrix_file import SlurmSettings
+from ttt_lit.launch.command import LaunchOptions, are_refused, errors_in_a_process
+from ttt_lit.launch.matrix_file import SlurmSettings, parse_matrix
 from ttt_lit.train.arguments import errors_of
 from ttt_lit.train.run import assemble, fit
 from ttt_lit.train.run_folder import claimed
@@ -190,8 +190,8 @@ def test_a_folder_that_cannot_be_read_is_left_to_its_runs_own_start(arm, tmp_pat
 
 def checked(runs):
     """Command lines that the check is given."""
-    lines = []
-    faults("m.yaml", runs, (), lambda asked: lines.extend(asked) or [None] * len(asked))
+    lines, matrix = [], parse_matrix({"name": "m", "runs": [{"arms": ["q_a"]}]}, "m.yaml")
+    are_refused(LaunchOptions(config="m.yaml"), matrix, runs, lambda asked: lines.extend(asked) or [None] * len(asked))
     return lines
 
 
@@ -216,5 +216,5 @@ def test_a_budget_in_hours_is_checked_as_the_first_start_fixed_it(runs_of):
 
 
 def test_importing_the_launcher_loads_neither_torch_nor_lightning():
-    code = "import sys, ttt_lit.launch.command; sys.exit(bool({'torch', 'lightning', 'submitit'} & set(sys.modules)))"
+    code = "import sys, ttt_lit.launch.command; sys.exit(bool({'torch', 'lightning'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

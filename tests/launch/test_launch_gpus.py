@@ -62,7 +62,7 @@ def test_gpus_are_compared_and_not_places(runs_of, place, room):
     if place is not None:
         (run.folder / "slot.json").write_text(json.dumps(place))
     backend = with_gpus("0", "1")
-    assert backend.adopt(run)
+    assert backend.state(run) == "running"
     assert backend.room() == room
     lock.release()
     assert backend.room() == 2
@@ -74,6 +74,6 @@ def test_without_gpus_places_are_compared(runs_of):
     lock.acquire()
     (run.folder / "slot.json").write_text(json.dumps({"slot": 1, "devices": None}))
     backend = with_gpus(None, None)
-    assert backend.adopt(run)
+    assert backend.state(run) == "running"
     assert backend.room() == 1
     lock.release()

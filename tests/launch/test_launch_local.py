@@ -98,7 +98,7 @@ def test_a_refused_second_process_does_not_make_the_run_a_failure(runs_of):
 
     def view(board):
         seen.append(board.states[run.name])
-        if run.name in backend._adopted and "is being trained by" in (run.folder / "log.txt").read_text():
+        if run.name in backend._others and "is being trained by" in (run.folder / "log.txt").read_text():
             (run.folder / "record.json").write_text(json.dumps({"status": "finished", "reason": None}))
             lock.release()
 

@@ -130,6 +130,6 @@ def test_a_run_that_does_not_stop_is_killed(tmp_path, runs_of):
     backend.start(run, ())
     while not (tmp_path / "deaf").exists():
         time.sleep(0.01)
-    (job,) = backend._jobs.values()
+    ((process, _),) = backend._jobs.values()
     backend.stop()
-    assert job.process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL

@@ -3,48 +3,48 @@
 import json
 import os
 import re
-import sys
 
 import pytest
+import submitit
 from helpers.launching import FAKE, ROOT, ends, start_of, starts
 
 from ttt_lit.launch import slurm
 from ttt_lit.launch.loop import launch
 from ttt_lit.launch.matrix_file import SlurmSettings
-from ttt_lit.launch.slurm_job import FitJob
 from ttt_lit.train.lock import RunLock
 
 SETTINGS = SlurmSettings(partition="gpu", nodes=2, gpus_per_node=4, mem_gb=0)
 
 
-class LocalCluster:
+ENTRY = "helpers.fake_fit:main"
+
+
+class LocalCluster(slurm.SlurmBackend):
     """submitit's own executor for processes of this machine, in place of SLURM's."""
 
-    def __init__(self):
-        self.submitit = pytest.importorskip("submitit")
-        self.jobs = {}
+    jobs = {}
 
     def submit(self, folder, parameters, job):
-        executor = self.submitit.AutoExecutor(folder=folder, cluster="local")
+        executor = submitit.AutoExecutor(folder=folder, cluster="local")
         executor.update_parameters(timeout_min=1)
-        self.parameters = parameters
-        submitted = executor.submit(job)
+        self.parameters, submitted = parameters, executor.submit(job)
         self.jobs[submitted.job_id] = submitted
         return submitted
 
-    def find(self, folder, job_id, tasks):
+    def find(self, folder, job_id):
         return self.jobs[job_id]
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The folder of fake_fit can be imported by jobs, and GPUs are none."""
-    monkeypatch.setenv("PYTHONPATH", f"{FAKE.parent}:{ROOT}")
-    return LocalCluster()
+    """A launcher's backend; a later one is another. The folder of fake_fit can be imported by jobs, and GPUs are none."""
+    monkeypatch.setenv("PYTHONPATH", f"{FAKE.parents[1]}:{ROOT}")
+    monkeypatch.setattr(LocalCluster, "jobs", {})
+    return lambda: LocalCluster(SETTINGS, ENTRY)
 
 
 def test_jobs_run_fit_and_their_records_say_how_they_ended(tmp_path, runs_of, cluster):
-    backend = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster)
+    backend = cluster()
     child = {"arms": ["q_a"], "set": start_of(tmp_path, "q_b/m")}
     runs = runs_of({"arms": ["q_b"]}, child, ends("diverged", "q_c"))
     board = launch(runs, backend, lambda board: None, slots=None, poll_seconds=0.05)
@@ -54,23 +54,22 @@ def test_jobs_run_fit_and_their_records_say_how_they_ended(tmp_path, runs_of, cl
     assert arguments[-6:-4] == ["--trainer.num_nodes", "2"]
     assert json.loads(arguments[-3])[0]["init_args"] == {"auto_requeue": False}
     assert arguments[-2:] == ["--trainer.strategy", "fsdp2"]
-    assert cluster.parameters["tasks_per_node"] == 4
-    assert cluster.parameters["slurm_mem"] == "0"
+    assert backend.parameters["tasks_per_node"] == 4
+    assert backend.parameters["slurm_mem"] == "0"
 
 
 def test_a_later_launcher_finds_the_jobs_again(runs_of, cluster):
     (run,) = runs_of(ends("waits", "q_a"))
-    slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster).start(run, run.arguments)
+    cluster().start(run, run.arguments)
 
     def view(board):
         assert board.states[run.name] in ("queued", "running", "finished")
-        run.folder.mkdir(exist_ok=True)
         (run.folder / "go").touch()
 
-    later = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster)
+    later = cluster()
     assert launch([run], later, view, slots=None, poll_seconds=0.05).is_finished
     assert len(starts(run)) == 1
-    assert len(cluster.jobs) == 1
+    assert len(later.jobs) == 1
 
 
 class Job:
@@ -86,17 +85,18 @@ class Job:
         return True
 
 
-class Ended:
+class Ended(slurm.SlurmBackend):
     """A cluster whose jobs end at once; ``how``: name of a job → what happens while it runs."""
 
     def __init__(self, **how):
+        super().__init__(SETTINGS, ENTRY)
         self.how = how
 
     def submit(self, folder, parameters, job):
         (folder / "7_0_log.err").write_text("slurmstepd: error: out of memory\n")
         return Job(lambda: self.how[parameters["name"].split("-")[0]](folder.parent))
 
-    def find(self, folder, job_id, tasks):
+    def find(self, folder, job_id):
         return Job(lambda: None)
 
 
@@ -114,8 +114,7 @@ def raising(error):
     return fail
 
 
-def on(cluster, runs):
-    backend = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster)
+def on(backend, runs):
     return launch(runs, backend, lambda board: None, slots=None, poll_seconds=0.01)
 
 
@@ -152,9 +151,7 @@ def test_a_job_that_lost_the_race_for_its_run_does_not_make_it_a_failure(tmp_pat
             recording("finished")(run.folder)
             lock.release()
 
-    backend = slurm.SlurmBackend(
-        SETTINGS, "helpers.fake_fit:main", lambda: Ended(q_a=refused, q_b=recording("finished"))
-    )
+    backend = Ended(q_a=refused, q_b=recording("finished"))
     board = launch([run, child], backend, view, slots=None, poll_seconds=0.01)
     assert seen[1:4] == ["running"] * 3
     assert board.is_finished
@@ -187,8 +184,7 @@ def test_a_job_that_a_dead_launcher_submitted_is_watched_once_it_trains(runs_of)
             recording("finished")(run.folder)
             lock.release()
 
-    backend = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", Ended)
-    assert launch([run], backend, view, slots=None, poll_seconds=0.01).is_finished
+    assert launch([run], Ended(), view, slots=None, poll_seconds=0.01).is_finished
     assert seen[0] == "running"
 
 
@@ -222,14 +218,7 @@ def test_a_record_from_before_a_job_says_nothing_about_it(runs_of, before, durin
 
 
 def test_a_preempted_job_makes_the_same_call_again():
-    pytest.importorskip("submitit")
-    job = FitJob("helpers.fake_fit:main", ["--run.id", "x"])
+    job = slurm.FitJob("helpers.fake_fit:main", ["--run.id", "x"])
     again = job.checkpoint()
     assert again.function is job
     assert (again.args, again.kwargs) == ((), {})
-
-
-def test_without_submitit_one_line_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(RuntimeError, match=r'pip install "ttt-lit\[slurm\]"'):
-        slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main")

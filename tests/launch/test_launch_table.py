@@ -1,9 +1,8 @@
 """What the launcher shows: the row of a run, lines where there is no terminal, the time left."""
 
+from ttt_lit.launch.folder import Progress
 from ttt_lit.launch.loop import Board
-from ttt_lit.launch.outlook import seconds_left
-from ttt_lit.launch.progress import Progress
-from ttt_lit.launch.table import Lines, row
+from ttt_lit.launch.table import Lines, row, seconds_left
 
 
 def progress(**changes):
