@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_lit.launch.folder import LOG_NAME, last_error, read_json, write_json, written
-from ttt_lit.launch.loop import BackendError, Ending, State
+from ttt_lit.launch.loop import Backend, BackendError, Ending, State
 from ttt_lit.launch.matrix import PlannedRun
 from ttt_lit.train.lock import holder
 
@@ -29,7 +29,7 @@ GRACE_SECONDS = 60.0
 _THREADS, _DEVICES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """One process per run: ``program fit ARGUMENTS``, its output appended to ``log.txt`` in the run's folder.
 
     Args:

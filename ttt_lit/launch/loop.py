@@ -44,7 +44,7 @@ class Backend(Protocol):
 
     def room(self) -> int | None:
         """How many more runs may be started now; None: any number."""
-        ...
+        return None
 
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
         """Begin to execute ``fit`` with these arguments; returns at once."""
@@ -59,8 +59,8 @@ class Backend(Protocol):
         ...
 
     def stop(self) -> str:
-        """End what was started here; returns when it has ended, with what the user should know. Harmless twice."""
-        ...
+        """End what ends with the launcher; returns when it has ended, with what the user should know. Harmless twice."""
+        return ""
 
 
 @dataclass

@@ -108,7 +108,7 @@ def parse_matrix(plain: Any, where: str) -> Matrix:
 
 
 def _checked(entry: Entry, where: str) -> Entry:
-    """The entry with its labels as text, and nothing where nothing is set."""
+    """The entry with its labels as text."""
     _require_distinct(entry.arms, f"{where}.arms")
     for arm in entry.arms:
         _require_name(arm, f"{where}.arms")
@@ -117,7 +117,7 @@ def _checked(entry: Entry, where: str) -> Entry:
         raise ValueError(f"{where}.seeds: got {entry.seeds}, expected whole numbers of at least 0")
     settings = _settings(entry.set, f"{where}.set")
     axes = {axis: _labels(axis, labels, f"{where}.axes") for axis, labels in entry.axes.items()}
-    keys = [(axis, key) for axis, labels in axes.items() for given in labels.values() for key in given]
+    keys = [(axis, key) for axis, labels in axes.items() for given in labels.values() for key in given or ()]
     for (one, key), (other, also) in itertools.combinations(keys, 2):
         if one != other and overlap(key, also):
             raise ValueError(

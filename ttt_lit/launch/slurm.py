@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import submitit
 from submitit.helpers import Checkpointable
 
 from ttt_lit.launch.folder import last_error, read_json, recorded, write_json, written
-from ttt_lit.launch.loop import BackendError, Ending, State
+from ttt_lit.launch.loop import Backend, BackendError, Ending, State
 from ttt_lit.launch.matrix import PlannedRun
 from ttt_lit.launch.matrix_file import WARNING_SECONDS, SlurmSettings
 from ttt_lit.train.lock import holder
@@ -33,7 +34,7 @@ _NO_AUTO_REQUEUE = [
 ]
 
 
-class FitJob(Checkpointable):  # type: ignore[misc]
+class FitJob(Checkpointable):
     """One run; every task of the job calls it with the same arguments.
 
     The cluster's warning (SIGUSR2) reaches submitit's handler, which puts the same call back into the queue: ``fit`` continues from the
@@ -53,7 +54,7 @@ class FitJob(Checkpointable):  # type: ignore[misc]
         return status
 
 
-class SlurmBackend:
+class SlurmBackend(Backend):
     """One job per run. The launcher stays alive to start children and to show progress, but jobs do not need it.
 
     Args:
@@ -77,10 +78,6 @@ class SlurmBackend:
     def find(self, folder: Path, job_id: str) -> Any:
         """A job that was submitted earlier."""
         return submitit.SlurmJob(folder=folder, job_id=job_id, tasks=list(range(tasks_of(self.settings))))
-
-    def room(self) -> int | None:
-        """The cluster has a queue."""
-        return None
 
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
         job = FitJob(self.entry, (*arguments, *cluster_arguments(self.settings)))
@@ -119,10 +116,6 @@ class SlurmBackend:
             return Ending()
         log = run.folder / LOG_FOLDER / f"{job.job_id}_0_log.err"
         return Ending(since=written(run.folder / JOB_NAME), log=last_error(log))
-
-    def stop(self) -> str:
-        """Jobs belong to the cluster: they go on, and a later launcher finds them."""
-        return ""
 
     def _submitted(self, run: PlannedRun) -> Any:
         """The run's job if it is in the queue or runs. ValueError where ``slurm.json`` cannot tell."""
@@ -178,17 +171,9 @@ def cluster_arguments(settings: SlurmSettings) -> tuple[str, ...]:
 
 
 def job_parameters(settings: SlurmSettings, name: str) -> dict[str, Any]:
-    """As submitit's AutoExecutor takes them."""
-    return {
-        "name": name.replace("/", "-"),
-        "nodes": settings.nodes,
-        "gpus_per_node": settings.gpus_per_node,
-        "tasks_per_node": settings.gpus_per_node,
-        "cpus_per_task": settings.cpus_per_task,
-        "timeout_min": settings.timeout_min,
-        "slurm_mem": f"{settings.mem_gb}G" if settings.mem_gb else "0",
-        "slurm_signal_delay_s": WARNING_SECONDS,
-        "slurm_partition": settings.partition,
-        "slurm_account": settings.account,
-        "slurm_qos": settings.qos,
-    }
+    """As submitit's AutoExecutor takes them; it knows most settings by their names here."""
+    plain = dataclasses.asdict(settings)
+    memory = plain.pop("mem_gb")
+    own = {f"slurm_{key}": plain.pop(key) for key in ("partition", "account", "qos")}
+    own |= {"slurm_mem": f"{memory}G" if memory else "0", "slurm_signal_delay_s": WARNING_SECONDS}
+    return {"name": name.replace("/", "-"), "tasks_per_node": settings.gpus_per_node, **plain, **own}
