@@ -173,13 +173,11 @@ def _ended_is_interrupted() -> Iterator[None]:
 
     Once: a closing terminal sends several, and a second Ctrl-C kills the runs. SIGHUP stays ignored under nohup.
     """
-    told = False
 
     def interrupt(*_: object) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            raise KeyboardInterrupt
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
 
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in numbers}

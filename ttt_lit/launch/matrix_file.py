@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,25 +96,23 @@ def parse_matrix(plain: Any, where: str) -> Matrix:
     """As ``read_matrix``, from plain data; ``where`` names the file in errors."""
     where = f"{where}: matrix"
     matrix: Matrix = decode(Matrix, plain, where, diverged=False)
-    _require_name(matrix.name, f"{where}.name")
-    if not matrix.runs:
-        raise ValueError(f"{where}.runs: got [], expected a list of at least one entry")
+    _expect_name(matrix.name, f"{where}.name")
+    _expect(len(matrix.runs) > 0, [], f"{where}.runs", "a list of at least one entry")
     for key, least in _LEAST.items():
-        if (value := getattr(matrix.slurm, key)) < least:
-            why = f": a run is warned {WARNING_SECONDS} seconds before its job's end" if key == "timeout_min" else ""
-            raise ValueError(f"{where}.slurm.{key}: got {value}, expected a whole number ≥ {least}{why}")
+        value = getattr(matrix.slurm, key)
+        why = f": a run is warned {WARNING_SECONDS} seconds before its job's end" if key == "timeout_min" else ""
+        _expect(value >= least, value, f"{where}.slurm.{key}", f"a whole number ≥ {least}{why}")
     runs = [_checked(entry, f"{where}.runs[{index}]") for index, entry in enumerate(matrix.runs)]
     return dataclasses.replace(matrix, runs=runs)
 
 
 def _checked(entry: Entry, where: str) -> Entry:
     """The entry with its labels as text."""
-    _require_distinct(entry.arms, f"{where}.arms")
+    _expect_distinct(entry.arms, f"{where}.arms")
     for arm in entry.arms:
-        _require_name(arm, f"{where}.arms")
-    _require_distinct(entry.seeds, f"{where}.seeds")
-    if min(entry.seeds) < 0:
-        raise ValueError(f"{where}.seeds: got {entry.seeds}, expected whole numbers of at least 0")
+        _expect_name(arm, f"{where}.arms")
+    _expect_distinct(entry.seeds, f"{where}.seeds")
+    _expect(min(entry.seeds) >= 0, entry.seeds, f"{where}.seeds", "whole numbers of at least 0")
     settings = _settings(entry.set, f"{where}.set")
     axes = {axis: _labels(axis, labels, f"{where}.axes") for axis, labels in entry.axes.items()}
     keys = [(axis, key) for axis, labels in axes.items() for given in labels.values() for key in given or ()]
@@ -123,29 +121,30 @@ def _checked(entry: Entry, where: str) -> Entry:
             raise ValueError(
                 f"{where}.axes: {one} sets {key} and {other} sets {also}, so their points would overwrite each other; make them one axis"
             )
-    if entry.gpu_hours is not None:
-        _check_time_match(entry.gpu_hours, f"{where}.gpu_hours")
-        budgets = [key for key in (*settings, *(key for _, key in keys)) if overlap(key, "model.budget")]
+    match = entry.gpu_hours
+    if match is not None:
+        _expect_name(match.of, f"{where}.gpu_hours.of")
+        for share in match.shares:
+            expected = f"numbers up to {_MOST_SHARES} (1 is as long as the baseline, 0.35 is 35 %)"
+            _expect(0 < share <= _MOST_SHARES, share, f"{where}.gpu_hours.shares", expected)
+        _expect_distinct([f"{share:g}" for share in match.shares], f"{where}.gpu_hours.shares, six digits as in an id")
+        budgets = {key for key in (*settings, *(key for _, key in keys)) if overlap(key, "model.budget")}
         if budgets:
-            raise ValueError(f"{where}: gpu_hours decides the budget; remove {', '.join(sorted(set(budgets)))}")
+            raise ValueError(f"{where}: gpu_hours decides the budget; remove {', '.join(sorted(budgets))}")
     return dataclasses.replace(entry, overlays=entry.overlays or [], set=settings, axes=axes)
 
 
 def _labels(axis: str, labels: Mapping[Any, Settings | None], where: str) -> dict[str, Settings | None]:
-    _require_name(axis, where, _PART)
+    _expect_name(axis, where, _PART)
     where = f"{where}.{axis}"
-    if len(labels) < 2:
-        raise ValueError(f"{where}: got {list(labels)}, expected at least two labels, each with its settings")
+    _expect(len(labels) > 1, list(labels), where, "at least two labels, each with its settings")
     found: dict[str, Settings | None] = {}
     for given, settings in labels.items():
-        if type(given) not in (str, int, float):  # YAML reads on, off, yes and no as truth values
-            raise ValueError(f'{where}: got {given!r}, expected labels that are text or numbers; quote it: "off"')
+        # YAML reads on, off, yes and no as truth values.
+        _expect(type(given) in (str, int, float), given, where, 'labels that are text or numbers; quote it: "off"')
         label = str(given)
-        _require_name(label, where, _PART)
-        if label in found:
-            raise ValueError(
-                f"{where}: the label {label} appears twice (a number and its text are one label); rename one"
-            )
+        _expect_name(label, where, _PART)
+        _expect(label not in found, label, where, "no label twice (a number and its text are one label)")
         found[label] = _settings(settings, f"{where}.{label}")
     return found
 
@@ -153,8 +152,8 @@ def _labels(axis: str, labels: Mapping[Any, Settings | None], where: str) -> dic
 def _settings(given: Settings | None, where: str) -> Settings:
     given = given or {}
     for key, value in given.items():
-        if not isinstance(key, str) or not _DOTTED.fullmatch(key):
-            raise ValueError(f"{where}: got {key!r}, expected dotted names of settings, e.g. {{model.inner.lr: 0.5}}")
+        is_dotted = isinstance(key, str) and bool(_DOTTED.fullmatch(key))
+        _expect(is_dotted, key, where, "dotted names of settings, e.g. {model.inner.lr: 0.5}")
         require_plain(value, where, key)
         for (leaf, _), seed in itertools.product(leaves(value, key), SEEDS):
             if overlap(leaf, seed):
@@ -167,33 +166,20 @@ def _settings(given: Settings | None, where: str) -> Settings:
     return given
 
 
-def _check_time_match(match: TimeMatch, where: str) -> None:
-    _require_name(match.of, f"{where}.of")
-    _require_distinct(match.shares, f"{where}.shares")
-    for share in match.shares:
-        if not 0 < share <= _MOST_SHARES:
-            raise ValueError(
-                f"{where}.shares: got {share:g}, expected numbers up to {_MOST_SHARES} (1 is as long as the baseline, 0.35 is 35 %)"
-            )
-    for one, other in itertools.combinations(match.shares, 2):
-        if f"{one:g}" == f"{other:g}":
-            raise ValueError(
-                f"{where}.shares: {one} and {other} are both {one:g} in a run's id; remove one, or write shares that differ in their "
-                "first six digits"
-            )
+def _expect_distinct(items: list[Any], where: str) -> None:
+    is_distinct = 0 < len(items) == len(set(items))
+    _expect(is_distinct, items, where, "a list of at least one item, and no item twice")
 
 
-def _require_distinct(items: Sequence[Any], where: str) -> None:
-    if not items or len(set(items)) < len(items):
-        raise ValueError(f"{where}: got {list(items)}, expected a list of at least one item, and no item twice")
+def _expect_name(text: Any, where: str, pattern: re.Pattern[str] = _NAME) -> None:
+    fits = isinstance(text, str) and bool(pattern.fullmatch(text))
+    marks = "_, ." if pattern is _PART else "_, ., -"
+    _expect(fits, text, where, f"letters, digits, {marks} (it becomes part of a folder's name)")
 
 
-def _require_name(text: str, where: str, pattern: re.Pattern[str] = _NAME) -> None:
-    if not isinstance(text, str) or not pattern.fullmatch(text):
-        hyphen = "" if pattern is _PART else ", -"
-        raise ValueError(
-            f"{where}: got {text!r}, expected letters, digits, _, .{hyphen} (it becomes part of a folder's name)"
-        )
+def _expect(condition: bool, value: Any, where: str, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}: got {value!r:.80}, expected {expected}")
 
 
 def overlap(one: str, other: str) -> bool:
