@@ -56,41 +56,29 @@ def test_what_is_left_is_listed_and_the_exit_status_says_so(runs_of, capsys):
     assert to_end(runs[:1], local()) == 0
 
 
-def test_a_process_finds_settings_that_fit_does_not_take(tmp_path, monkeypatch):
-    """Of all runs at once; an abbreviation is no setting either."""
-    overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("model: {budget: {tokns: 5}}\n")
-    arm = ("--config", str(ROOT / "configs" / "q_p1_bridge.yaml"))
-    plugins = slurm.cluster_arguments(SlurmSettings())
-    monkeypatch.chdir(tmp_path)  # wherever it is called from
-    asked = [
-        (*arm, "--model.budget.tokens", "52428800", "--model.stages.C.carry", "all", "--run.id", "m", *plugins),
-        (*arm, "--model.budget.token", "5"),
-        (*arm, "--config", str(overlay)),
-        (*arm, "--model.budget.tokens", "many"),
-    ]
-    none, short, long, value = errors_in_a_process(asked)
-    assert (none, short) == (None, "model.budget.token: fit has no such setting")
-    assert long == "model.budget.tokns: fit has no such setting"
-    assert 'Parser key "model.budget.tokens"' in value
-
-
 @pytest.fixture
 def arm(monkeypatch):
     monkeypatch.chdir(ROOT)
     return ("--config", "configs/q_p1_bridge.yaml", "--config", "configs/size/demo.yaml")
 
 
-def test_settings_that_do_not_fit_together_are_refused_without_weights_or_data(arm, tmp_path):
+def test_what_fit_would_refuse_is_found_in_a_process_without_weights_or_data(tmp_path, monkeypatch):
+    """Of all runs at once, wherever it is called from; an abbreviation is no setting either."""
+    monkeypatch.chdir(tmp_path)
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {budget: {tokns: 5}}\n")
+    arm = [part for name in ("q_p1_bridge", "size/demo") for part in ("--config", str(ROOT / f"configs/{name}.yaml"))]
     refused = {
+        ("--model.budget.token", "5"): "model.budget.token: fit has no such setting",
+        ("--config", str(overlay)): "model.budget.tokns: fit has no such setting",
+        ("--model.budget.tokens", "many"): 'Parser key "model.budget.tokens"',
         ("--model.stages.B1.share", "0.99"): "budget: the shares of B1, B2 sum to 1.08524, expected at most 1",
         ("--trainer.max_steps", "5"): "trainer: max_steps follow from the run's stages and budget; remove them",
         ("--trainer.callbacks", "[]"): "trainer.callbacks: got none of ours, expected FairnessBudget",
     }
-    *found, one, other = errors_of(
-        [(*arm, "--run.root", str(tmp_path), *given) for given in (*refused, (), ("--trainer.devices", "auto"))]
-    )
-    assert (one, other) == (None, None)
+    taken = [(), ("--trainer.devices", "auto"), slurm.cluster_arguments(SlurmSettings(gpus_per_node=2))]
+    *found, one, two, three = errors_in_a_process([(*arm, *given) for given in (*refused, *taken)])
+    assert (one, two, three) == (None, None, None)
     for error, said in zip(found, refused.values(), strict=True):
         assert said in error
         assert "\n" not in error

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_lit.launch.matrix import argument, expand
-from ttt_lit.launch.matrix_file import parse_matrix, read_matrix
+from ttt_lit.launch.matrix_file import parse_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("q_a", "q_b", "q_base")
@@ -178,24 +178,3 @@ def test_an_axis_a_label_or_a_seed_more_changes_no_other_id(configs, axes, more,
     after = expand(matrix(entry_of(longer, seeds, vary)), configs=configs)
     kept = [run for run in after if run.name in {run.name for run in before}]
     assert [dataclasses.asdict(run) for run in kept] == [dataclasses.asdict(run) for run in before]
-
-
-@given(st.permutations(range(5)), st.data())
-def test_any_graph_without_a_cycle_is_accepted_in_any_order(configs, order, data):
-    """Each run of a chain of seeds may start from one of the earlier ones."""
-    parents = {n: data.draw(st.none() | st.integers(0, n - 1)) if n else None for n in range(5)}
-    entries = []
-    for n in order:
-        name = "q_a/m" + (f"-s{parents[n]}" if parents[n] else "")
-        chosen = {} if parents[n] is None else start_from(name)
-        entries.append({"arms": ["q_a"], "seeds": [n], "set": chosen})
-    runs = expand(matrix(*entries), configs=configs)
-    assert [run.run_id for run in runs] == [f"m-s{n}" if n else "m" for n in order]
-    assert sum(len(run.after) for run in runs) == sum(parent is not None for parent in parents.values())
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "matrix").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_files_that_ship_expand(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    runs = expand(read_matrix(path))
-    assert len({run.folder for run in runs}) == len(runs) >= 5
