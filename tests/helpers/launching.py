@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
+from ttt_lit.launch.command import run_to_end
 from ttt_lit.launch.local import LocalBackend
 from ttt_lit.launch.loop import launch
 
@@ -22,6 +25,12 @@ def local(jobs=1, **settings):
 
 def run_all(runs, jobs=1):
     return launch(runs, local(jobs), lambda board: None, slots=jobs, poll_seconds=0.01)
+
+
+def to_end(runs, backend, slots=1):
+    """Exit status of the command, without a terminal."""
+    console = Console(force_terminal=False)
+    return run_to_end("m", runs, backend, slots=slots, console=console, poll_seconds=0.01)
 
 
 def starts(run):

@@ -1,62 +1,67 @@
 """What a matrix prints before anything starts: commands, budgets, hours and memory, and what is not known yet."""
 
-import dataclasses
-import functools
-import itertools
 import json
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from ttt_lit.launch import dry_run as module
 from ttt_lit.launch.command import LaunchOptions
-from ttt_lit.model.spec import LayerSpec, ModelSpec
-from ttt_lit.plan import memory as plan_memory
-from ttt_lit.plan.announced import announced
 from ttt_lit.plan.config import NotKnown
 from ttt_lit.plan.devices import device_named
 from ttt_lit.plan.plan import PlanOptions
-from ttt_lit.plan.rehearsal import MicroBatch, Peaks
-from ttt_lit.ttt.settings import EngineConfig
 
 DEVICE = device_named("h200", peak_tflops=None, memory_gib=None)
-OPTIONS = LaunchOptions(config="m.yaml")
 
 
-def dry_run(options, planning, check=lambda command_lines: [None] * len(command_lines)):
-    return module.dry_run(options, planning, check=check)
+def plan_of(arguments, options=None, *, hours=10.0, gib=3):
+    """As the planner returns it: two stages, which share a budget in time."""
+    if "--model.budget.gpu_hours" in arguments:
+        hours = float(arguments[arguments.index("--model.budget.gpu_hours") + 1]) / 2
+    stage = SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=gib * 2**30))
+    return None, DEVICE, None, [stage, stage]
 
 
 @pytest.fixture
-def plans(tmp_path, monkeypatch):
-    """A matrix of a baseline and a time-matched arm with two seeds each, and the arguments of every plan that was made."""
+def dry_run(tmp_path, monkeypatch, capsys):
+    """Exit status and lines for a time-matched arm and its baseline with two seeds each; ``plan`` is the planner."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "base.yaml").write_text("run: {root: runs}\nmodel: {budget: {tokens: 1000}}\n")
     for arm in ("q_base", "q_a"):
         (tmp_path / "configs" / f"{arm}.yaml").write_text(f"run: {{experiment: {arm}}}\n")
-    matched = {"arms": ["q_a"], "seeds": [0, 1], "gpu_hours": {"of": "q_base", "shares": [0.35]}}
-    plain = {"name": "m", "runs": [matched, {"arms": ["q_base"], "seeds": [0, 1]}]}
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain))
+    (tmp_path / "m.yaml").write_text(
+        "name: m\nruns:\n  - {arms: [q_a], seeds: [0, 1], gpu_hours: {of: q_base, shares: [0.35]}}\n"
+        "  - {arms: [q_base], seeds: [0, 1]}\n"
+    )
     monkeypatch.chdir(tmp_path)
+
+    def run(plan=plan_of, error=None, **planning):
+        monkeypatch.setattr(module, "planned", plan)
+        options = LaunchOptions(config="m.yaml")
+        status = module.dry_run(options, PlanOptions(**planning), check=lambda lines: [error] * len(lines))
+        said = capsys.readouterr()
+        return status, (said.out + said.err).splitlines()
+
+    return run
+
+
+def raising(error):
+    def plan(arguments, options):
+        raise error
+
+    return plan
+
+
+def finish(folder, **others):
+    folder.mkdir(parents=True)
+    record = {"status": "finished", "reason": None, "totals": {"gpu_seconds": {"compute": 7200.0}}}
+    (folder / "record.json").write_text(json.dumps(record | others))
+
+
+def test_it_prints_command_budget_hours_memory_and_the_sum(dry_run):
     made = []
-
-    def planned(arguments, planning):
-        made.append(arguments)
-        stage = {"device_hours": 10.0, "memory": SimpleNamespace(total=3 * 2**30)}
-        if "--model.budget.gpu_hours" in arguments:
-            stage["device_hours"] = float(arguments[arguments.index("--model.budget.gpu_hours") + 1]) / 2
-        return [SimpleNamespace(**stage), SimpleNamespace(**stage)], DEVICE
-
-    monkeypatch.setattr(module, "_planned_stages", planned)
-    return made
-
-
-def test_it_prints_command_budget_hours_memory_and_the_sum(plans, capsys):
-    assert dry_run(OPTIONS, PlanOptions()) == 0
-    lines = capsys.readouterr().out.splitlines()
+    status, lines = dry_run(lambda arguments, options: made.append(arguments) or plan_of(arguments))
+    assert status == 0
     assert lines[0] == "[1/4] q_a/m-t0.35"
     assert lines[1] == (
         "  python cli.py fit --config configs/q_a.yaml --model.start.seed 0 --data.seed 0 --run.id m-t0.35 --run.share 0.35 "
@@ -68,171 +73,73 @@ def test_it_prints_command_budget_hours_memory_and_the_sum(plans, capsys):
     )
     assert lines[8] == "  budget 1,000 tokens; 20 GPU-hours, 3 GiB on each device"
     assert lines[-1] == "4 runs: 54 GPU-hours"
-    assert len(plans) == 2  # seeds need no plan of their own
+    assert len(made) == 2  # seeds need no plan of their own
 
 
-def test_a_finished_baseline_decides_the_budget_and_nothing_is_written(plans, tmp_path, capsys):
+def test_a_finished_baseline_decides_the_budget_is_not_in_the_sum_and_nothing_is_written(dry_run, tmp_path):
     finish(tmp_path / "runs" / "q_base" / "m")
-    dry_run(OPTIONS, PlanOptions())
-    out = capsys.readouterr().out
-    assert "--model.budget.tokens null --model.budget.gpu_hours 0.7" in out
-    assert "budget 35 % of q_base/m; 0.7 GPU-hours" in out
-    assert "q_base/m (finished)" in out
+    status, lines = dry_run()
+    assert status == 0
+    assert lines[1].endswith("--model.budget.tokens null --model.budget.gpu_hours 0.7")
+    assert lines[2].startswith("  budget 35 % of q_base/m; 0.7 GPU-hours")
+    assert lines[6] == "[3/4] q_base/m (finished)"
+    assert lines[8] == "  budget 1,000 tokens; nothing left to pay"
+    assert lines[-1] == "4 runs: 27.7 GPU-hours left to pay; 1 finished or diverged and not in the sum"  # 0.7 + 7 + 20
     assert [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()] == ["record.json"]
 
 
-def test_what_does_not_exist_yet_is_unknown_and_not_in_the_sum(plans, monkeypatch, capsys):
-    def planned(arguments, planning):
-        raise FileNotFoundError(
-            "model.start.init_from: artifacts/checkpoint does not exist, so the network's shape is not known"
-        )
-
-    monkeypatch.setattr(module, "_planned_stages", planned)
-    assert dry_run(OPTIONS, PlanOptions()) == 0
-    out = capsys.readouterr().out
-    assert "budget 1,000 tokens; unknown: artifacts/checkpoint does not exist yet" in out
-    assert out.splitlines()[-1] == (
-        "4 runs: GPU-hours not known (artifacts/checkpoint does not exist yet; until it does, give the network's shape with --shape FILE)"
-    )
+@pytest.mark.parametrize("error", [FileNotFoundError("no such checkpoint"), NotKnown("devices: got auto")])
+def test_what_is_decided_later_is_unknown_and_not_in_the_sum(dry_run, error):
+    status, lines = dry_run(raising(error))
+    assert status == 0
+    assert lines[8] == f"  budget 1,000 tokens; unknown: {error}"
+    assert lines[-1] == f"4 runs: GPU-hours not known ({error})"
 
 
-def test_hours_that_need_a_peak_say_so_beside_those_that_are_known(plans, monkeypatch, capsys):
-    def planned(arguments, planning):
-        hours = None if "configs/q_a.yaml" in arguments else 10.0
-        return [SimpleNamespace(device_hours=hours, memory=SimpleNamespace(total=0.0))], DEVICE
+def test_settings_that_do_not_fit_the_network_are_an_error_and_hours_beside_it_are_summed(dry_run):
+    def plan(arguments, options):
+        if "configs/q_a.yaml" in arguments:
+            raise ValueError("stage C: updated_layers: got [9]")
+        return plan_of(arguments)
 
-    monkeypatch.setattr(module, "_planned_stages", planned)
-    plain = yaml.safe_load(Path("m.yaml").read_text())
-    plain["runs"][0].pop("gpu_hours")
-    Path("m.yaml").write_text(yaml.safe_dump(plain))
-    dry_run(OPTIONS, PlanOptions())
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "4 runs: 20 GPU-hours; 2 not known and not in the sum (the device has no published peak; give --peak-tflops)"
-    )
-
-
-def test_memory_that_a_device_does_not_have_is_said(plans, monkeypatch, capsys):
-    stage = SimpleNamespace(device_hours=10.0, memory=SimpleNamespace(total=140 * 2**30))
-    monkeypatch.setattr(module, "_planned_stages", lambda arguments, planning: ([stage], DEVICE))
-    dry_run(OPTIONS, PlanOptions())
-    assert "140 GiB on each device, MORE THAN 90% of 141 GiB" in capsys.readouterr().out
-
-
-def test_a_shape_that_is_not_there_is_an_error_and_not_a_run_without_hours(plans):
-    with pytest.raises(FileNotFoundError, match="--shape: none.json does not exist"):
-        dry_run(OPTIONS, PlanOptions(shape="none.json"))
-    assert plans == []
-
-
-def test_settings_that_fit_does_not_take_end_it_before_anything_is_planned(plans, capsys):
-    status = dry_run(OPTIONS, PlanOptions(), lambda lines: ["wrong" if "q_a" in line[1] else None for line in lines])
+    status, lines = dry_run(plan)
     assert status == 1
-    assert "error: m.yaml: runs[0]: q_a/m-t0.35-s1: wrong" in capsys.readouterr().err
-    assert plans == []
+    assert lines[2].endswith("; error: stage C: updated_layers: got [9]")
+    assert lines[8] == "  budget 1,000 tokens; 20 GPU-hours, 3 GiB on each device"
 
 
-def finish(folder, **others):
-    folder.mkdir(parents=True)
-    record = {"status": "finished", "reason": None, "totals": {"gpu_seconds": {"compute": 7200.0}}}
-    (folder / "record.json").write_text(json.dumps(record | others))
+def test_hours_that_need_a_peak_and_memory_that_a_device_does_not_have_are_said(dry_run):
+    _, lines = dry_run(lambda arguments, options: plan_of(arguments, hours=None, gib=140))
+    assert lines[8].endswith("; GPU-hours not known, 140 GiB on each device, MORE THAN 90% of 141 GiB")
+    assert lines[-1] == "4 runs: GPU-hours not known (the device has no published peak; give --peak-tflops)"
 
 
-def test_finished_runs_are_not_in_the_sum(plans, tmp_path, capsys):
-    finish(tmp_path / "runs" / "q_base" / "m")
-    assert dry_run(OPTIONS, PlanOptions()) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[8] == "  budget 1,000 tokens; nothing left to pay"
-    assert lines[-1] == "4 runs: 27.7 GPU-hours left to pay; 1 finished or diverged and not in the sum"  # 0.7 + 7 + 20
+def test_what_cannot_be_planned_at_all_ends_it_before_anything_is_planned(dry_run):
+    plan = raising(AssertionError("planned"))
+    with pytest.raises(FileNotFoundError, match="--shape: none.json does not exist"):
+        dry_run(plan, shape="none.json")
+    status, lines = dry_run(plan, error="wrong")
+    assert status == 1
+    assert "error: m.yaml: runs[0]: q_a/m-t0.35-s1: wrong" in lines
 
 
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("q_a/m-t0.35/record.json", "{", "record.json: not JSON"),
-        (
-            "q_a/m-t0.35/budget.json",
-            '{"of": "q_base/old", "gpu_hours": 3}',
-            "budget.json: the budget was made from something else",
-        ),
+        ("record.json", "{", "record.json: not JSON"),
+        ("budget.json", '{"of": "q_base/old", "gpu_hours": 3}', "budget.json: the budget was made from something else"),
     ],
 )
-def test_a_folder_that_cannot_be_read_is_that_runs_error_alone(plans, tmp_path, capsys, name, content, said):
+def test_a_folder_that_cannot_be_read_is_that_runs_error_alone(dry_run, tmp_path, name, content, said):
     finish(tmp_path / "runs" / "q_base" / "m")
-    path = tmp_path / "runs" / name
+    path = tmp_path / "runs" / "q_a" / "m-t0.35" / name
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    assert dry_run(OPTIONS, PlanOptions()) == 1
-    lines = capsys.readouterr().out.splitlines()
+    status, lines = dry_run()
+    assert status == 1
     assert lines[0] == "[1/4] q_a/m-t0.35"
     assert lines[1].startswith("  error: ")
     assert said in lines[1]
-    assert [line for line in lines if line.startswith("[")][1:] == [
-        "[2/4] q_a/m-t0.35-s1",
-        "[3/4] q_base/m (finished)",
-        "[4/4] q_base/m-s1",
-    ]
+    heads = [line for line in lines if line.startswith("[")]
+    assert heads[1:] == ["[2/4] q_a/m-t0.35-s1", "[3/4] q_base/m (finished)", "[4/4] q_base/m-s1"]
     assert "1 not known and not in the sum" in lines[-1]
-
-
-def test_settings_that_do_not_fit_the_network_are_an_error_and_what_the_machine_decides_is_not(
-    plans, monkeypatch, capsys
-):
-    wrong = ValueError("stage C: updated_layers: got [9], expected some of the run's TTT layers [1]")
-
-    def planned(arguments, planning):
-        raise wrong if "configs/q_base.yaml" in arguments else NotKnown("trainer.devices: got auto")
-
-    monkeypatch.setattr(module, "_planned_stages", planned)
-    assert dry_run(OPTIONS, PlanOptions()) == 1
-    out = capsys.readouterr().out
-    assert "budget 1,000 tokens; error: stage C: updated_layers: got [9]" in out
-    assert "unknown: trainer.devices: got auto" in out
-    wrong = NotKnown("it depends")
-    assert dry_run(OPTIONS, PlanOptions()) == 0
-
-
-# How long it takes --------------------------------------------------------------------------------------------------------------
-
-
-SPEC = ModelSpec(
-    vocab_size=8, hidden_size=4, intermediate_size=4, num_heads=1, num_kv_heads=1, head_dim=4, layers=(LayerSpec(),)
-)
-BATCH = MicroBatch(
-    sequences=1,
-    context=8,
-    chunk=4,
-    mode="none",
-    engine=EngineConfig(),
-    half=True,
-    on_cpu=False,
-    gradients_exist=True,
-    sharded=True,
-)
-
-
-def test_what_a_rehearsal_cannot_tell_apart_is_rehearsed_once(monkeypatch):
-    made = []
-
-    def rehearse(spec, batch):
-        made.append((spec, batch))
-        return Peaks(1, 1, 1)
-
-    monkeypatch.setattr(plan_memory, "_rehearsed_once", functools.cache(rehearse))
-    wide = SPEC.with_layers((LayerSpec(window=100),))
-    for spec, exist in itertools.product((SPEC, wide), (True, False)):
-        plan_memory._rehearsed(spec, dataclasses.replace(BATCH, gradients_exist=exist))
-    assert len(made) == 1
-    plan_memory._rehearsed(SPEC, dataclasses.replace(BATCH, sharded=False))
-    plan_memory._rehearsed(SPEC, dataclasses.replace(BATCH, context=4))
-    assert len(made) == 3
-
-
-def test_what_takes_long_is_said_and_what_does_not_is_not(capsys):
-    with announced("quick", after_seconds=60):
-        pass
-    said = ""
-    with announced("slow", after_seconds=0.0):
-        while not said:
-            time.sleep(0.001)
-            said = capsys.readouterr().err
-    assert said == "slow\n"

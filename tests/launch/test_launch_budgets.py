@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers.launching import run_all, starts
 
-from ttt_lit.launch.folder import NotFinished, matched_budget
+from ttt_lit.launch.folder import fix_hours
 
 
 def matched(of="q_base", how="late"):
@@ -48,7 +48,8 @@ def test_another_baseline_changes_no_budget_silently(runs_of):
     assert "of q_base/m → q_b/m" in run_all(runs).reasons[run.name]
 
 
-def test_a_budget_needs_a_finished_baseline(tmp_path):
-    with pytest.raises(NotFinished, match="not finished, so its GPU-hours are not known"):
-        matched_budget(tmp_path / "run", "q/baseline", tmp_path / "baseline", 0.5)
-    assert not (tmp_path / "run").exists()
+def test_a_budget_needs_a_finished_baseline(runs_of):
+    baseline, run = runs_of({"arms": ["q_base"]}, matched())
+    with pytest.raises(ValueError, match="not finished, so its GPU-hours are not known"):
+        fix_hours(run, baseline)
+    assert not run.folder.exists()

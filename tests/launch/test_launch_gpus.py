@@ -47,33 +47,23 @@ def test_a_living_run_of_an_earlier_launcher_keeps_its_gpus(runs_of):
 
 
 @pytest.mark.parametrize(
-    "place, room",
+    "devices, place, room",
     [
-        ({"slot": 1, "devices": "1"}, 1),
-        ({"slot": 0, "devices": "0,1"}, 0),  # begun with --jobs 1 and CUDA_VISIBLE_DEVICES
-        ({"slot": 0, "devices": None}, 0),  # begun with --jobs 1: all GPUs
-        (None, 2),  # begun by hand
+        ("01", {"slot": 1, "devices": "1"}, 1),
+        ("01", {"slot": 0, "devices": "0,1"}, 0),  # begun with --jobs 1 and CUDA_VISIBLE_DEVICES
+        ("01", {"slot": 0, "devices": None}, 0),  # begun with --jobs 1: all GPUs
+        ("01", None, 2),  # begun by hand
+        ((None, None), {"slot": 1, "devices": None}, 1),  # without GPUs places are compared
     ],
 )
-def test_gpus_are_compared_and_not_places(runs_of, place, room):
+def test_gpus_are_compared_and_not_places(runs_of, devices, place, room):
     (run,) = runs_of({"arms": ["q_a"]})
     lock = RunLock(run.folder)
     lock.acquire()
     if place is not None:
         (run.folder / "slot.json").write_text(json.dumps(place))
-    backend = with_gpus("0", "1")
-    assert backend.adopt(run)
+    backend = with_gpus(*devices)
+    assert backend.state(run) == "running"
     assert backend.room() == room
     lock.release()
     assert backend.room() == 2
-
-
-def test_without_gpus_places_are_compared(runs_of):
-    (run,) = runs_of({"arms": ["q_a"]})
-    lock = RunLock(run.folder)
-    lock.acquire()
-    (run.folder / "slot.json").write_text(json.dumps({"slot": 1, "devices": None}))
-    backend = with_gpus(None, None)
-    assert backend.adopt(run)
-    assert backend.room() == 1
-    lock.release()

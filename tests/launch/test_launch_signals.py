@@ -7,10 +7,8 @@ import threading
 import time
 
 import pytest
-from helpers.launching import ends, environment, local, starts
-from rich.console import Console
+from helpers.launching import ends, environment, local, starts, to_end
 
-from ttt_lit.launch import command
 from ttt_lit.launch.local import LocalBackend
 from ttt_lit.train.lock import RunLock, holder
 
@@ -29,26 +27,15 @@ def send_when(condition, number):
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_terminal():
-    """Signals as a foreground process has them: a shell's background, nohup and Lightning leave some of them ignored."""
-    usual = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
 def told():
-    """Signals that reached the handlers from before the launcher."""
+    """Signals that reached the handlers from before the launcher, which are as a foreground process has them.
+
+    A shell's background, nohup and Lightning leave some of them ignored.
+    """
     seen = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number in before:
-        signal.signal(number, lambda got, _: seen.append(got))
+    usual = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), lambda got, _: seen.append(got))
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield seen
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -58,9 +45,7 @@ def told():
 def test_ctrl_c_stops_the_runs_and_says_what_to_do(runs_of, capsys, number):
     runs = runs_of(ends("waits", "q_a", "q_b"))
     send_when(lambda: all((run.folder / "record.json").exists() for run in runs), number)
-    console = Console(force_terminal=False)
-    status = command.run_to_end("m", runs, local(2), slots=2, console=console, poll_seconds=0.01)
-    assert status == 130
+    assert to_end(runs, local(2), slots=2) == 130
     assert "the same command continues every run" in capsys.readouterr().err
     for run in runs:
         assert holder(run.folder) is None
@@ -72,17 +57,9 @@ def test_a_run_that_another_process_began_goes_on_after_ctrl_c_and_that_is_said(
     (run,) = runs_of({"arms": ["q_a"]})
     lock = RunLock(run.folder)
     lock.acquire()
-    backend, looked = local(), []
-    state = backend.state
-
-    def state_of(one):
-        looked.append(one)
-        return state(one)
-
-    backend.state = state_of
-    send_when(lambda: bool(looked), signal.SIGINT)
-    console = Console(force_terminal=False)
-    assert command.run_to_end("m", [run], backend, slots=1, console=console, poll_seconds=0.01) == 130
+    backend = local()
+    send_when(lambda: bool(backend._others), signal.SIGINT)
+    assert to_end([run], backend) == 130
     assert "q_a/m go on: another process began them" in capsys.readouterr().err
     lock.release()
 
@@ -101,13 +78,12 @@ def test_a_closing_terminal_may_say_so_twice_while_runs_stop(runs_of, told):
 
     backend.stop = stop_told_again
     send_when(lambda: (run.folder / "record.json").exists(), signal.SIGHUP)
-    status = command.run_to_end("m", [run], backend, slots=1, console=Console(force_terminal=False), poll_seconds=0.01)
-    assert (status, stopped, told) == (130, [True], [])
+    assert (to_end([run], backend), stopped, told) == (130, [True], [])
     os.kill(os.getpid(), signal.SIGTERM)
     assert told == [signal.SIGTERM]  # the handlers are back
 
 
-def test_nohup_is_respected(runs_of, told):
+def test_nohup_is_respected(runs_of):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     (run,) = runs_of(ends("waits", "q_a"))
 
@@ -118,8 +94,7 @@ def test_nohup_is_respected(runs_of, told):
         return (run.folder / "go").exists()
 
     send_when(hang_up_then_let_it_end, signal.SIGHUP)
-    status = command.run_to_end("m", [run], local(), slots=1, console=Console(force_terminal=False), poll_seconds=0.01)
-    assert status == 0
+    assert to_end([run], local()) == 0
 
 
 def test_a_run_that_does_not_stop_is_killed(tmp_path, runs_of):
@@ -130,6 +105,6 @@ def test_a_run_that_does_not_stop_is_killed(tmp_path, runs_of):
     backend.start(run, ())
     while not (tmp_path / "deaf").exists():
         time.sleep(0.01)
-    (job,) = backend._jobs.values()
+    ((process, _),) = backend._jobs.values()
     backend.stop()
-    assert job.process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL

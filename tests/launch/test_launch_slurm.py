@@ -3,48 +3,49 @@
 import json
 import os
 import re
-import sys
+from types import SimpleNamespace
 
 import pytest
+import submitit
 from helpers.launching import FAKE, ROOT, ends, start_of, starts
 
 from ttt_lit.launch import slurm
 from ttt_lit.launch.loop import launch
 from ttt_lit.launch.matrix_file import SlurmSettings
-from ttt_lit.launch.slurm_job import FitJob
 from ttt_lit.train.lock import RunLock
 
 SETTINGS = SlurmSettings(partition="gpu", nodes=2, gpus_per_node=4, mem_gb=0)
 
 
-class LocalCluster:
+ENTRY = "helpers.fake_fit:main"
+
+
+class LocalCluster(slurm.SlurmBackend):
     """submitit's own executor for processes of this machine, in place of SLURM's."""
 
-    def __init__(self):
-        self.submitit = pytest.importorskip("submitit")
-        self.jobs = {}
+    jobs = {}
 
     def submit(self, folder, parameters, job):
-        executor = self.submitit.AutoExecutor(folder=folder, cluster="local")
+        executor = submitit.AutoExecutor(folder=folder, cluster="local")
         executor.update_parameters(timeout_min=1)
-        self.parameters = parameters
-        submitted = executor.submit(job)
+        self.parameters, submitted = parameters, executor.submit(job)
         self.jobs[submitted.job_id] = submitted
         return submitted
 
-    def find(self, folder, job_id, tasks):
+    def find(self, folder, job_id):
         return self.jobs[job_id]
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The folder of fake_fit can be imported by jobs, and GPUs are none."""
-    monkeypatch.setenv("PYTHONPATH", f"{FAKE.parent}:{ROOT}")
-    return LocalCluster()
+    """A launcher's backend; a later one is another. The folder of fake_fit can be imported by jobs, and GPUs are none."""
+    monkeypatch.setenv("PYTHONPATH", f"{FAKE.parents[1]}:{ROOT}")
+    monkeypatch.setattr(LocalCluster, "jobs", {})
+    return lambda: LocalCluster(SETTINGS, ENTRY)
 
 
 def test_jobs_run_fit_and_their_records_say_how_they_ended(tmp_path, runs_of, cluster):
-    backend = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster)
+    backend = cluster()
     child = {"arms": ["q_a"], "set": start_of(tmp_path, "q_b/m")}
     runs = runs_of({"arms": ["q_b"]}, child, ends("diverged", "q_c"))
     board = launch(runs, backend, lambda board: None, slots=None, poll_seconds=0.05)
@@ -54,50 +55,39 @@ def test_jobs_run_fit_and_their_records_say_how_they_ended(tmp_path, runs_of, cl
     assert arguments[-6:-4] == ["--trainer.num_nodes", "2"]
     assert json.loads(arguments[-3])[0]["init_args"] == {"auto_requeue": False}
     assert arguments[-2:] == ["--trainer.strategy", "fsdp2"]
-    assert cluster.parameters["tasks_per_node"] == 4
-    assert cluster.parameters["slurm_mem"] == "0"
+    assert backend.parameters["tasks_per_node"] == 4
+    assert backend.parameters["slurm_mem"] == "0"
 
 
 def test_a_later_launcher_finds_the_jobs_again(runs_of, cluster):
     (run,) = runs_of(ends("waits", "q_a"))
-    slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster).start(run, run.arguments)
+    cluster().start(run, run.arguments)
 
     def view(board):
         assert board.states[run.name] in ("queued", "running", "finished")
-        run.folder.mkdir(exist_ok=True)
         (run.folder / "go").touch()
 
-    later = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster)
+    later = cluster()
     assert launch([run], later, view, slots=None, poll_seconds=0.05).is_finished
     assert len(starts(run)) == 1
-    assert len(cluster.jobs) == 1
+    assert len(later.jobs) == 1
 
 
-class Job:
-    """A job that has ended by the time it is looked at, after ``does``."""
-
-    job_id = "7"
-
-    def __init__(self, does):
-        self.does = does
-
-    def done(self):
-        self.does()
-        return True
-
-
-class Ended:
-    """A cluster whose jobs end at once; ``how``: name of a job → what happens while it runs."""
+class Ended(slurm.SlurmBackend):
+    """A cluster whose jobs have ended when they are looked at; ``how``: experiment → what happens until then, with the run's folder."""
 
     def __init__(self, **how):
+        super().__init__(SETTINGS, ENTRY)
         self.how = how
 
     def submit(self, folder, parameters, job):
         (folder / "7_0_log.err").write_text("slurmstepd: error: out of memory\n")
-        return Job(lambda: self.how[parameters["name"].split("-")[0]](folder.parent))
+        does = self.how[parameters["name"].split("-")[0]]
+        return SimpleNamespace(job_id="7", done=lambda: does(folder.parent) or True)
 
-    def find(self, folder, job_id, tasks):
-        return Job(lambda: None)
+
+def nothing(folder):
+    return None
 
 
 def recording(status):
@@ -114,98 +104,75 @@ def raising(error):
     return fail
 
 
-def on(cluster, runs):
-    backend = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", lambda: cluster)
-    return launch(runs, backend, lambda board: None, slots=None, poll_seconds=0.01)
+def on(backend, runs, view=lambda board: None):
+    return launch(runs, backend, view, slots=None, poll_seconds=0.01)
 
 
 def test_a_job_that_the_cluster_refuses_or_loses_fails_alone(runs_of, monkeypatch):
     runs = runs_of({"arms": ["q_a"]}, {"arms": ["q_b"]}, {"arms": ["q_c"]})
-    cluster = Ended(q_b=raising(RuntimeError("sacct is gone")), q_c=recording("finished"))
-    submit = cluster.submit
+    backend = Ended(q_b=raising(RuntimeError("sacct is gone")), q_c=recording("finished"))
+    submit = backend.submit
 
     def submit_but(folder, parameters, job):
         if parameters["name"] == "q_a-m":
             raise RuntimeError("sbatch: invalid partition")  # as submitit's FailedSubmissionError
         return submit(folder, parameters, job)
 
-    monkeypatch.setattr(cluster, "submit", submit_but)
-    board = on(cluster, runs)
+    monkeypatch.setattr(backend, "submit", submit_but)
+    board = on(backend, runs)
     assert board.states == {"q_a/m": "failed", "q_b/m": "failed", "q_c/m": "finished"}
     assert not (runs[0].folder / "slurm.json").exists()  # nothing was submitted, so the same command tries again
     assert board.reasons["q_a/m"] == "the cluster could not submit the job of q_a/m: sbatch: invalid partition"
     assert board.reasons["q_b/m"] == "the cluster could not look at the job of q_b/m: sacct is gone"
 
 
+def finishing(run, lock, seen, after):
+    """A view that notes the run's states and, when there are ``after``, ends the process that trains it elsewhere."""
+
+    def view(board):
+        seen.append(board.states[run.name])
+        if len(seen) == after:
+            recording("finished")(run.folder)
+            lock.release()
+
+    return view
+
+
 def test_a_job_that_lost_the_race_for_its_run_does_not_make_it_a_failure(tmp_path, runs_of):
     """Two launchers submit a run at the same moment: the one whose job is refused watches the one that won, and goes on after it."""
     run, child = runs_of({"arms": ["q_a"]}, {"arms": ["q_b"], "set": start_of(tmp_path, "q_a/m")})
     lock, seen = RunLock(run.folder), []
-
-    def refused(folder):
-        if not seen:
-            lock.acquire()
-
-    def view(board):
-        seen.append(board.states[run.name])
-        if len(seen) > 3 and seen[-1] == "running":
-            recording("finished")(run.folder)
-            lock.release()
-
-    backend = slurm.SlurmBackend(
-        SETTINGS, "helpers.fake_fit:main", lambda: Ended(q_a=refused, q_b=recording("finished"))
-    )
-    board = launch([run, child], backend, view, slots=None, poll_seconds=0.01)
+    backend = Ended(q_a=lambda folder: None if seen else lock.acquire(), q_b=recording("finished"))
+    assert on(backend, [run, child], finishing(run, lock, seen, 4)).is_finished
     assert seen[1:4] == ["running"] * 3
-    assert board.is_finished
-
-
-def test_a_launcher_that_dies_while_it_submits_causes_no_second_job(runs_of):
-    (run,) = runs_of({"arms": ["q_a"]})
-
-    class Dies(Ended):
-        def submit(self, folder, parameters, job):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        on(Dies(), [run])
-    later = Ended(q_a=recording("finished"))
-    assert re.search(r"slurm\.json: .* squeue --name q_a-m", on(later, [run]).reasons[run.name].replace("(", " "))
-    (run.folder / "slurm.json").unlink()
-    assert on(later, [run]).is_finished
 
 
 def test_a_job_that_a_dead_launcher_submitted_is_watched_once_it_trains(runs_of):
     (run,) = runs_of({"arms": ["q_a"]})
-    slurm.write_json(run.folder / "slurm.json", {"job_id": None, "submitting": "q_a-m"})
     lock, seen = RunLock(run.folder), []
     lock.acquire()
-
-    def view(board):
-        seen.append(board.states[run.name])
-        if len(seen) == 2:
-            recording("finished")(run.folder)
-            lock.release()
-
-    backend = slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main", Ended)
-    assert launch([run], backend, view, slots=None, poll_seconds=0.01).is_finished
+    (run.folder / "slurm.json").write_text('{"job_id": null, "submitting": "q_a-m"}')
+    assert on(Ended(), [run], finishing(run, lock, seen, 2)).is_finished
     assert seen[0] == "running"
 
 
-def test_a_file_of_a_job_that_cannot_be_read_fails_its_run_alone(runs_of):
-    runs = runs_of({"arms": ["q_a"]}, {"arms": ["q_c"]})
-    runs[0].folder.mkdir(parents=True)
-    (runs[0].folder / "slurm.json").write_text("{}")
-    board = on(Ended(q_c=recording("finished")), runs)
-    assert board.states == {"q_a/m": "failed", "q_c/m": "finished"}
-    assert "slurm.json: job_id is missing" in board.reasons["q_a/m"]
+def test_a_launcher_that_dies_while_it_submits_causes_no_second_job(runs_of, monkeypatch):
+    (run,) = runs_of({"arms": ["q_a"]})
+    dies, later = Ended(), Ended(q_a=recording("finished"))
+    monkeypatch.setattr(dies, "submit", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        on(dies, [run])
+    assert re.search(r"slurm\.json: .*squeue --name q_a-m", on(later, [run]).reasons[run.name])
+    (run.folder / "slurm.json").write_text("{}")
+    assert "slurm.json: job_id is missing" in on(Ended(), [run]).reasons[run.name]
+    (run.folder / "slurm.json").unlink()
+    assert on(Ended(q_a=recording("finished")), [run]).is_finished
 
 
 @pytest.mark.parametrize(
     "before, during, state, reason",
     [
         ("interrupted", None, "failed", "ended before it began to train: slurmstepd: error: out of memory"),
-        ("failed", None, "failed", "ended before it began to train: slurmstepd: error: out of memory"),
         ("failed", "running", "failed", "ended, and the record still says running: slurmstepd: error: out of memory"),
         (None, "failed", "failed", "it was failed"),
         ("failed", "interrupted", "interrupted", "it was interrupted"),
@@ -217,19 +184,12 @@ def test_a_record_from_before_a_job_says_nothing_about_it(runs_of, before, durin
     if before is not None:
         recording(before)(run.folder)
         os.utime(run.folder / "record.json", (1, 1))
-    board = on(Ended(q_a=(lambda folder: None) if during is None else recording(during)), [run])
+    board = on(Ended(q_a=nothing if during is None else recording(during)), [run])
     assert (board.states[run.name], board.reasons[run.name]) == (state, reason)
 
 
 def test_a_preempted_job_makes_the_same_call_again():
-    pytest.importorskip("submitit")
-    job = FitJob("helpers.fake_fit:main", ["--run.id", "x"])
+    job = slurm.FitJob("helpers.fake_fit:main", ["--run.id", "x"])
     again = job.checkpoint()
     assert again.function is job
     assert (again.args, again.kwargs) == ((), {})
-
-
-def test_without_submitit_one_line_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(RuntimeError, match=r'pip install "ttt-lit\[slurm\]"'):
-        slurm.SlurmBackend(SETTINGS, "helpers.fake_fit:main")

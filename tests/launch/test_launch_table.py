@@ -1,20 +1,13 @@
 """What the launcher shows: the row of a run, lines where there is no terminal, the time left."""
 
+from ttt_lit.launch.folder import Progress
 from ttt_lit.launch.loop import Board
-from ttt_lit.launch.outlook import seconds_left
-from ttt_lit.launch.progress import Progress
-from ttt_lit.launch.table import Lines, row
+from ttt_lit.launch.table import Lines, row, seconds_left
 
 
 def progress(**changes):
     values = {"stage": "C", "step": 4, "tokens": 1_500_000, "planned_tokens": 6_000_000, "planned_gpu_seconds": None}
-    values |= {
-        "fraction": 0.25,
-        "loss": 3.14159,
-        "gpu_seconds": 2400.0,
-        "devices": 2,
-        "time": "2026-01-01T00:00:00+00:00",
-    }
+    values |= {"fraction": 0.25, "loss": 3.14159, "gpu_seconds": 2400.0, "devices": 2, "time": "2026-01-01T00:00:00Z"}
     return Progress(**values | changes)
 
 
@@ -22,7 +15,6 @@ def test_a_row_tells_how_far_a_run_is(runs_of):
     (run,) = runs_of({"arms": ["q_a"]})
     board = Board(runs=[run], states={run.name: "running"})
     assert row(run, board) == ("q_a/m", "running", "", "", "", "")
-    run.folder.mkdir(parents=True)
     progress().write(run.folder)
     assert Progress.read(run.folder) == progress()
     assert row(run, board) == ("q_a/m", "running", "C", "1.5M / 6M", "3.142", "1:00 h")
@@ -35,7 +27,6 @@ def test_a_row_tells_how_far_a_run_is(runs_of):
 
 def test_lines_report_changes_at_once_and_progress_now_and_then(runs_of):
     run, other = runs = runs_of({"arms": ["q_a", "q_b"]})
-    run.folder.mkdir(parents=True)
     now, lines = [0.0], []
     view = Lines(lines.append, every_seconds=30, clock=lambda: now[0], time_of_day=lambda: f"at {now[0]:g}")
     board = Board(runs=runs, states={run.name: "waiting", other.name: "waiting"})
@@ -64,12 +55,8 @@ def test_the_time_left_is_that_of_all_runs_and_unknown_without_any_progress(runs
     states = {done.name: "finished", going.name: "running", new.name: "running", to_come.name: "waiting"}
     board = Board(runs=runs, states=states)
     assert seconds_left(board) is None
-    for run, fraction, seconds in (
-        (done, 1.0, 2000.0),
-        (going, 0.25, 2000.0),
-    ):  # 1000 s and 4000 s in all, on 2 devices
-        run.folder.mkdir(parents=True)
-        progress(fraction=fraction, gpu_seconds=seconds).write(run.folder)
+    for run, fraction in ((done, 1.0), (going, 0.25)):  # 1000 s and 4000 s in all, on 2 devices
+        progress(fraction=fraction, gpu_seconds=2000.0).write(run.folder)
     mean = (1000 + 4000) / 2
     assert seconds_left(board) == (3000 + mean + mean) / 2
     board.states[to_come.name] = "blocked"

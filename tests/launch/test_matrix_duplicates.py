@@ -2,7 +2,7 @@
 
 import pytest
 
-from ttt_lit.launch.matrix_settings import resolve
+from ttt_lit.launch.matrix import resolve
 
 
 def names(runs):
@@ -13,18 +13,13 @@ def of_axis(first, second, **others):
     return {"arms": ["q_a"], "axes": {"x": {"first": first, "second": second}}} | others
 
 
-def test_two_entries_that_say_the_same_are_one(runs_of):
-    assert names(runs_of({"arms": ["q_a", "q_b"]}, {"arms": ["q_a"], "seeds": [0, 1]})) == [
-        *("q_a/m", "q_b/m", "q_a/m-s1"),
-    ]
-
-
-def test_what_files_say_counts_as_much_as_what_the_matrix_says(runs_of, tmp_path):
+def test_what_entries_and_files_say_alike_is_one_run(runs_of, tmp_path):
     small = tmp_path / "small.yaml"
     small.write_text("model: {lr: 0.5}\n")
-    plain = {"arms": ["q_a"], "overlays": [str(small)]}
-    twice = {"arms": ["q_a"], "overlays": [str(small), str(small)]}
-    assert names(runs_of(plain, twice, of_axis({}, {"model.lr": 0.5}, overlays=[str(small)]))) == ["q_a/m"]
+    plain = {"arms": ["q_a", "q_b"], "overlays": [str(small)]}
+    again = {"arms": ["q_a"], "overlays": [str(small), str(small)], "seeds": [0, 1]}
+    same = of_axis({}, {"model.lr": 0.5}, overlays=[str(small)])
+    assert names(runs_of(plain, again, same)) == ["q_a/m", "q_b/m", "q_a/m-s1"]
 
 
 @pytest.mark.parametrize(
@@ -67,19 +62,23 @@ def test_a_setting_of_a_stage_that_is_off_makes_no_run_of_its_own(runs_of):
     assert names(runs) == ["q_a/m", "q_a/m-b1_window_half", "q_a/m-b1_without"]
 
 
-def test_an_overlay_that_adds_to_a_list_adds_each_time():
-    files = {"one": {"trainer.callbacks": ["a"]}, "more": {"trainer.callbacks+": ["b"]}}
-    assert resolve(["one", "more"], {}, files.__getitem__) == {"trainer.callbacks": ["a", "b"]}
-    assert resolve(["one", "more", "more"], {}, files.__getitem__) == {"trainer.callbacks": ["a", "b", "b"]}
-    assert resolve(["more", "more"], {}, files.__getitem__) == {"trainer.callbacks+": ["b", "b"]}
-    assert resolve(["more", "one"], {}, files.__getitem__) == {"trainer.callbacks": ["a"]}
+MORE, EMPTY = "trainer.callbacks+", {"model.ttt": {}}
 
 
-def test_an_empty_mapping_changes_nothing_of_a_group_but_is_not_null():
-    files = {"one": {"model.ttt.layers": [3]}, "empty": {"model.ttt": {}}, "null": {"model.ttt": None}}
-    assert resolve(["one", "empty"], {}, files.__getitem__) == files["one"]
-    assert resolve(["empty", "one"], {}, files.__getitem__) == files["one"]
-    assert resolve(["null", "empty"], {}, files.__getitem__) == files["empty"]
+@pytest.mark.parametrize(
+    "layers, resolved",
+    [
+        ([{"trainer.callbacks": ["a"]}, {MORE: ["b"]}, {MORE: ["b"]}], {"trainer.callbacks": ["a", "b", "b"]}),
+        ([{MORE: ["b"]}, {MORE: ["b"]}], {MORE: ["b", "b"]}),
+        ([{MORE: ["b"]}, {"trainer.callbacks": ["a"]}], {"trainer.callbacks": ["a"]}),
+        # An empty mapping changes nothing of a group, but is not null.
+        ([{"model.ttt.layers": [3]}, EMPTY], {"model.ttt.layers": [3]}),
+        ([EMPTY, {"model.ttt.layers": [3]}], {"model.ttt.layers": [3]}),
+        ([{"model.ttt": None}, EMPTY], EMPTY),
+    ],
+)
+def test_later_files_are_laid_over_earlier_ones(layers, resolved):
+    assert resolve(range(len(layers)), {}, layers.__getitem__) == resolved
 
 
 @pytest.mark.parametrize(

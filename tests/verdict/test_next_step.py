@@ -39,11 +39,11 @@ def at_shares(experiment, seeds=(0,), **fields):
 
 def test_the_file_of_the_command_holds_what_the_step_says():
     scratch, candidate = read_matrix(ROOT / EXAMPLE).runs
-    assert (scratch.arms, candidate.arms) == ((EXAMPLE_BASELINE,), (EXAMPLE_CANDIDATE,))
+    assert (scratch.arms, candidate.arms) == ([EXAMPLE_BASELINE], [EXAMPLE_CANDIDATE])
     assert candidate.gpu_hours.of == EXAMPLE_BASELINE
     assert tuple(candidate.gpu_hours.shares) == SHARES
     assert (scratch.axes, candidate.axes) == ({}, {})
-    assert scratch.seeds == candidate.seeds == (0,)
+    assert scratch.seeds == candidate.seeds == [0]
     assert read_matrix(ROOT / EXAMPLE_OF).name == read_matrix(ROOT / EXAMPLE).name
 
 

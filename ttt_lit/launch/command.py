@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from ttt_lit.launch.check import Check, errors_in_a_process, faults
+from ttt_lit.launch.folder import SOME_HOURS, matched_hours
 from ttt_lit.launch.local import LocalBackend, environments_for, usable_cores, visible_gpus
 from ttt_lit.launch.loop import Backend, Board, launch
 from ttt_lit.launch.matrix import PlannedRun, expand
 from ttt_lit.launch.matrix_file import Matrix, read_matrix
 from ttt_lit.launch.slurm import SlurmBackend, cluster_arguments
-from ttt_lit.launch.table import Lines, LiveTable, counts
+from ttt_lit.launch.table import counts, shown
 
-_CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+_SOURCES = Path(__file__).resolve().parents[2]
 
 # The launcher's own table takes the place of a bar in every log file.
 _QUIET = ("--trainer.enable_progress_bar", "false")
+
+Check = Callable[[Sequence[Sequence[str]]], list[str | None]]
+"""Command lines of ``fit`` → what is wrong with each; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +46,64 @@ class LaunchOptions:
 def planned_runs(options: LaunchOptions) -> tuple[Matrix, list[PlannedRun]]:
     """The runs of the matrix file, with the arguments that every launched run gets."""
     matrix = read_matrix(options.config)
-    runs = expand(matrix, configs=_configs(), root=options.root)
+    here = Path("configs")  # the arms' folder, as the commands of the documentation have it, else that of the sources
+    configs = here if (here / "base.yaml").is_file() else _SOURCES / here
+    runs = expand(matrix, configs=configs, root=options.root)
     return matrix, [replace(run, arguments=(*run.arguments, *_QUIET)) for run in runs]
-
-
-def _configs() -> str:
-    """Folder of the arms: the one here, as the commands of the documentation have it, else that of the sources."""
-    here = Path("configs")
-    return str(here if (here / "base.yaml").is_file() else _CONFIGS)
 
 
 def placement(options: LaunchOptions, matrix: Matrix) -> tuple[str, ...]:
     """What the launcher adds to every run's arguments."""
     return cluster_arguments(matrix.slurm) if options.launcher == "slurm" else ()
+
+
+# Before anything starts: would ``fit`` take the settings of every run, those that have begun included? -----------------------------
+
+
+def errors_in_a_process(command_lines: Sequence[Sequence[str]]) -> list[str | None]:
+    """What ``ttt_lit.train.arguments`` finds, in a process of its own: the launcher itself imports neither torch nor Lightning.
+
+    Raises:
+        RuntimeError: the process failed; the message is its last line.
+    """
+    path = os.pathsep.join(filter(None, [str(_SOURCES), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "ttt_lit.train.arguments"],
+        input=json.dumps(command_lines),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"the settings of the runs could not be checked: {said}")
+    found: list[str | None] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def are_refused(options: LaunchOptions, matrix: Matrix, runs: Sequence[PlannedRun], check: Check) -> bool:
+    """Whether ``fit`` would refuse a run; says which and why: matrix file, entry, run, and what is wrong.
+
+    A run whose files cannot be read is left to its own start, which fails alone.
+    """
+    by_name, lines = {run.name: run for run in runs}, {}
+    for run in runs:
+        with contextlib.suppress(ValueError, OSError):
+            hours = matched_hours(run, by_name)
+            # The budget that it has, will have, or could have.
+            budget = SOME_HOURS if hours is None and run.gpu_hours is not None else hours
+            lines[run.name] = (*run.with_budget(budget), *placement(options, matrix))
+    errors = check(list(lines.values())) if lines else []
+    found = {name: error for name, error in zip(lines, errors, strict=True) if error is not None}
+    for name, error in found.items():
+        _warn(f"error: {options.config}: {by_name[name].entry}: {name}: {error}")
+    if found:
+        _warn(f"fit would refuse {len(found)} of {len(runs)} runs, so nothing was started")
+    return bool(found)
+
+
+# The launcher ---------------------------------------------------------------------------------------------------------------------
 
 
 def launch_matrix(
@@ -74,19 +124,9 @@ def launch_matrix(
     if options.launcher == "slurm":
         cluster = SlurmBackend(matrix.slurm, entry)
         return run_to_end(matrix.name, runs, cluster, slots=options.jobs, console=Console(), poll_seconds=10.0)
-    slots = 1 if options.jobs is None else options.jobs
+    slots = options.jobs or 1
     environments = environments_for(slots, os.environ, visible_gpus(os.environ), usable_cores())
     return run_to_end(matrix.name, runs, LocalBackend(program, environments), slots=slots, console=Console())
-
-
-def are_refused(options: LaunchOptions, matrix: Matrix, runs: Sequence[PlannedRun], check: Check) -> bool:
-    """Whether ``fit`` would refuse a run; says which and why."""
-    found = faults(options.config, runs, placement(options, matrix), check)
-    for line in found:
-        _warn(f"error: {line}")
-    if found:
-        _warn(f"fit would refuse {len(found)} of {len(runs)} runs, so nothing was started")
-    return bool(found)
 
 
 def run_to_end(
@@ -99,13 +139,13 @@ def run_to_end(
     poll_seconds: float = 1.0,
 ) -> int:
     """Launch, show, and say at the end what is left to do. Returns the exit status."""
-    view = LiveTable(title, console) if console.is_terminal else Lines(_print)
     with _ended_is_interrupted():  # until the runs have stopped
         try:
-            with view:
+            with shown(title, console) as view:
                 board = launch(runs, backend, view, slots=slots, poll_seconds=poll_seconds)
         except KeyboardInterrupt:
-            _stop(backend)
+            _warn(backend.when_stopped)
+            _warn(backend.stop())
             return 130
         except BaseException:
             backend.stop()
@@ -113,30 +153,18 @@ def run_to_end(
     return _summary(board)
 
 
-def _stop(backend: Backend) -> None:
-    if not backend.stops_with_launcher:
-        _warn("the jobs go on without the launcher; the same command finds them again")
-        return
-    _warn("stopping the runs (Ctrl-C again kills them) …")
-    going_on = backend.stop()
-    if going_on:
-        _warn(f"{', '.join(going_on)} go on: another process began them; the same command finds them again")
-    others = " other" if going_on else ""
-    _warn(f"stopped; the same command continues every{others} run from its last resume file")
-
-
 def _summary(board: Board) -> int:
-    _print(f"{len(board.runs)} runs: {counts(board)}")
-    if board.is_finished:
-        return 0
+    lines = [f"{len(board.runs)} runs: {counts(board)}"]
     for run in board.runs:
         if board.states[run.name] != "finished":
-            _print(f"  {run.name}  {board.states[run.name]}: {board.reasons.get(run.name, 'no reason known')}")
-    _print(
-        "The same command starts failed and interrupted runs again (log.txt in a run's folder has the output); a diverged one needs "
-        "another configuration."
-    )
-    return 1
+            lines.append(f"  {run.name}  {board.states[run.name]}: {board.reasons.get(run.name, 'no reason known')}")
+    if not board.is_finished:
+        lines.append(
+            "The same command starts failed and interrupted runs again (log.txt in a run's folder has the output); a diverged one needs "
+            "another configuration."
+        )
+    print("\n".join(lines), flush=True)
+    return 0 if board.is_finished else 1
 
 
 @contextmanager
@@ -145,13 +173,11 @@ def _ended_is_interrupted() -> Iterator[None]:
 
     Once: a closing terminal sends several, and a second Ctrl-C kills the runs. SIGHUP stays ignored under nohup.
     """
-    told = False
 
     def interrupt(*_: object) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            raise KeyboardInterrupt
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
 
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in numbers}
@@ -162,10 +188,7 @@ def _ended_is_interrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
 def _warn(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be what has gone
-        print(text, file=sys.stderr, flush=True)
+        if text:
+            print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the folder of a run tells a launcher, and the little that a launcher writes there. Standard library only."""
+"""What the folder of a run tells a launcher, and the little that is written there for it. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ttt_lit.record.schema import RECORD_NAME
 from ttt_lit.record.status import ENDED
@@ -18,40 +18,21 @@ if TYPE_CHECKING:
 
 LOG_NAME = "log.txt"
 BUDGET_NAME = "budget.json"
-
-_TAIL_BYTES = 20_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """What the record says of a run's state."""
-
-    status: str
-    reason: str | None = None
-    written: float | None = None
-    """Time of the file's last change (``written``)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchedBudget:
-    """GPU-hours of a wall-clock-matched run, and what they were made from."""
-
-    of: str
-    """EXPERIMENT/ID of the baseline."""
-    share: float
-    started: str | None
-    """When the baseline was started, by its record."""
-    compute_seconds: float
-    """Compute device-seconds of the baseline."""
-    gpu_hours: float
-
+PROGRESS_NAME = "progress.json"
 
 SOME_HOURS = 1.0
 """Stands for GPU-hours that are not known yet, where any number serves."""
 
+_TAIL_BYTES = 20_000
 
-class NotFinished(ValueError):
-    """A baseline whose GPU-hours are not known yet."""
+
+class Recorded(NamedTuple):
+    """What the record says of a run's state."""
+
+    status: str
+    reason: str | None
+    written: float | None
+    """Time of the file's last change (``written``)."""
 
 
 def recorded(folder: Path) -> Recorded | None:
@@ -59,44 +40,95 @@ def recorded(folder: Path) -> Recorded | None:
     record = read_json(folder / RECORD_NAME)
     if record is None:
         return None
-    status, reason = str(record.get("status")), record.get("reason")
-    return Recorded(status=status, reason=reason, written=written(folder / RECORD_NAME))
+    return Recorded(str(record.get("status")), record.get("reason"), written(folder / RECORD_NAME))
 
 
-def matched_budget(folder: Path, of: str, baseline: Path, share: float) -> MatchedBudget:
-    """``share`` of the GPU-hours of the run ``of``, which has the folder ``baseline``.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The heartbeat of a run, written while it trains: totals over all its stages and ranks."""
+
+    stage: str
+    step: int
+    """Optimiser steps of the run."""
+    tokens: int
+    planned_tokens: int | None
+    """Null where time is the budget."""
+    planned_gpu_seconds: float | None
+    """Null where tokens are the budget."""
+    fraction: float
+    """Share of the whole run's budget that is spent, 0 to 1."""
+    loss: float | None
+    """Training loss of the last optimiser step in nats per token; null before the first, and where it is not finite."""
+    gpu_seconds: float
+    """Compute device-seconds."""
+    devices: int
+    time: str
+    """UTC, ISO 8601."""
+
+    @property
+    def whole_seconds(self) -> float | None:
+        """Wall-clock time of compute from the beginning to the end, if it goes on as so far. None before anything is spent."""
+        return self.gpu_seconds / self.devices / self.fraction if self.fraction and self.gpu_seconds else None
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        return None if self.whole_seconds is None else self.whole_seconds * (1 - self.fraction)
+
+    def write(self, folder: Path) -> None:
+        """Replace the file of a run's folder in one step."""
+        write_json(folder / PROGRESS_NAME, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Progress | None:
+        """None where a run has not written any, or another version wrote it: a heartbeat is shown, nothing is decided from it."""
+        try:
+            return cls(**read_json(Path(folder) / PROGRESS_NAME) or {})
+        except (ValueError, TypeError):
+            return None
+
+
+# A budget that is a share of a baseline's GPU-hours -------------------------------------------------------------------------------
+
+
+def matched_budget(run: PlannedRun, baseline: PlannedRun) -> dict[str, Any] | None:
+    """The GPU-hours of a wall-clock-matched run and what they are made from; None: the baseline is not finished.
 
     Raises:
-        NotFinished: the baseline is not finished.
-        ValueError: the first start in ``folder`` fixed a budget that was made from something else.
+        ValueError: the run's first start fixed a budget that was made from something else.
     """
-    path, record = folder / BUDGET_NAME, read_json(baseline / RECORD_NAME)
-    if record is None or record.get("status") != "finished":
-        raise NotFinished(f"{baseline}: not finished, so its GPU-hours are not known")
+    record = read_json(baseline.folder / RECORD_NAME)
+    if run.gpu_hours is None or record is None or record.get("status") != "finished":
+        return None
     try:
         seconds = float(record["totals"]["gpu_seconds"]["compute"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{baseline / RECORD_NAME}: totals.gpu_seconds.compute is missing ({error})") from error
+        raise ValueError(f"{baseline.folder / RECORD_NAME}: totals.gpu_seconds.compute is missing ({error})") from error
+    share = run.gpu_hours.share
     hours = round(share * seconds / 3600, 6)
     if hours <= 0:
-        raise ValueError(f"{folder}: {share:g} of the GPU-hours of {baseline} is less than a millionth of an hour")
-    made = MatchedBudget(of=of, share=share, started=record.get("started"), compute_seconds=seconds, gpu_hours=hours)
-    kept = read_json(path)
-    if kept is not None:
-        _refuse_change(path, kept, dataclasses.asdict(made))
+        raise ValueError(
+            f"{run.folder}: {share:g} of the GPU-hours of {baseline.folder} is less than a millionth of an hour"
+        )
+    made = {"of": baseline.name, "share": share, "started": record.get("started"), "compute_seconds": seconds}
+    made |= {"gpu_hours": hours}
+    kept = _kept_budget(run)
+    changed = [] if kept is None else [key for key, value in made.items() if kept.get(key) != value]
+    if kept is not None and changed:
+        changes = ", ".join(f"{key} {kept.get(key)} → {made[key]}" for key in changed)
+        raise ValueError(
+            f"{run.folder / BUDGET_NAME}: the budget was made from something else ({changes}); delete this file, and the rest of the "
+            "run's folder if it has begun to train, to match anew"
+        )
     return made
 
 
-def kept_hours(folder: Path) -> float | None:
-    """GPU-hours that the run's first start fixed; None before that. ValueError for a file that cannot be read."""
-    path = folder / BUDGET_NAME
-    kept = read_json(path)
-    if kept is None:
-        return None
-    hours = kept.get("gpu_hours")
-    if not isinstance(hours, int | float):
-        raise ValueError(f"{path}: gpu_hours: got {hours!r}, expected a number; delete this file to match anew")
-    return float(hours)
+def fix_hours(run: PlannedRun, baseline: PlannedRun) -> float:
+    """Write down the GPU-hours: a second start needs the identical number, or ``fit`` would take it for another configuration."""
+    budget = matched_budget(run, baseline)
+    if budget is None:
+        raise ValueError(f"{baseline.folder}: not finished, so its GPU-hours are not known")
+    write_json(run.folder / BUDGET_NAME, budget)
+    return float(budget["gpu_hours"])
 
 
 def matched_hours(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> float | None:
@@ -108,30 +140,26 @@ def matched_hours(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> float | No
     Raises:
         ValueError: a file cannot be read, or the run, which may still go on, has a budget that was made from something else.
     """
-    match, kept = run.gpu_hours, kept_hours(run.folder)
-    if match is None:
+    if run.gpu_hours is None:
         return None
-    found = recorded(run.folder)
-    if kept is not None and found is not None and found.status in ENDED:
-        return kept
-    try:
-        return matched_budget(run.folder, match.of, runs[match.of].folder, match.share).gpu_hours
-    except NotFinished:
-        return kept
+    found, budget = recorded(run.folder), _kept_budget(run)
+    if found is None or found.status not in ENDED or budget is None:
+        budget = matched_budget(run, runs[run.gpu_hours.of]) or budget
+    return None if budget is None else float(budget["gpu_hours"])
 
 
-def _refuse_change(path: Path, kept: dict[str, Any], made: dict[str, Any]) -> None:
-    changed = [f"{key} {kept.get(key)} → {value}" for key, value in made.items() if kept.get(key) != value]
-    if changed:
+def _kept_budget(run: PlannedRun) -> dict[str, Any] | None:
+    """What the run's first start fixed; None before that. ValueError for a file that cannot be read."""
+    path = run.folder / BUDGET_NAME
+    kept = read_json(path)
+    if kept is not None and not isinstance(kept.get("gpu_hours"), int | float):
         raise ValueError(
-            f"{path}: the budget was made from something else ({', '.join(changed)}); delete this file, and the rest of the run's folder "
-            "if it has begun to train, to match anew"
+            f"{path}: gpu_hours: got {kept.get('gpu_hours')!r}, expected a number; delete this file to match anew"
         )
+    return kept
 
 
-def keep_budget(folder: Path, budget: MatchedBudget) -> None:
-    """A second start needs the identical number, or ``fit`` would take it for another configuration."""
-    write_json(folder / BUDGET_NAME, dataclasses.asdict(budget))
+# Files ----------------------------------------------------------------------------------------------------------------------------
 
 
 def last_error(log: Path) -> str | None:
@@ -159,7 +187,7 @@ def write_json(path: Path, value: Any) -> None:
     """Replace the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -1,4 +1,8 @@
-"""Runs as processes of this machine, each in a session of its own."""
+"""Runs as processes of this machine, each in a session of its own.
+
+submitit's executor for local processes is no substitute: its jobs end with a time limit, are stopped by SIGINT, cannot be found again by a
+later launcher, and do not share out GPUs.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ttt_lit.launch.folder import LOG_NAME, last_error, read_json, write_json, written
-from ttt_lit.launch.loop import BackendError, Ending
+from ttt_lit.launch.loop import Backend, BackendError, Ending, State
 from ttt_lit.launch.matrix import PlannedRun
-from ttt_lit.launch.schedule import State
 from ttt_lit.train.lock import holder
 
 SLOT_NAME = "slot.json"
@@ -26,22 +29,7 @@ GRACE_SECONDS = 60.0
 _THREADS, _DEVICES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
 
 
-@dataclass
-class _Job:
-    process: subprocess.Popen[bytes]
-    slot: int
-
-
-@dataclass
-class _Adopted:
-    """A living run of an earlier launcher, or one begun by hand."""
-
-    run: PlannedRun
-    place: Mapping[str, Any] | None
-    """What the earlier launcher gave it; None: begun by hand, so what it uses is not known."""
-
-
-class LocalBackend:
+class LocalBackend(Backend):
     """One process per run: ``program fit ARGUMENTS``, its output appended to ``log.txt`` in the run's folder.
 
     Args:
@@ -49,22 +37,16 @@ class LocalBackend:
         environments: one for each run at a time (``environments_for``).
     """
 
-    stops_with_launcher = True
+    when_stopped = "stopping the runs (Ctrl-C again kills them) …"
 
     def __init__(
         self, program: Sequence[str], environments: Sequence[Mapping[str, str]], *, grace_seconds: float = GRACE_SECONDS
     ) -> None:
         self.program, self.environments, self.grace_seconds = tuple(program), environments, grace_seconds
-        self._jobs: dict[str, _Job] = {}
-        self._ended: dict[str, int] = {}
-        self._adopted: dict[str, _Adopted] = {}
-
-    def adopt(self, run: PlannedRun) -> bool:
-        alive = holder(run.folder) is not None
-        if alive:
-            self._adopted[run.name] = _Adopted(run, read_json(run.folder / SLOT_NAME))
-            self._ended.pop(run.name, None)
-        return alive
+        self._jobs: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
+        """Name of a run → its process, which may have ended, and its slot."""
+        self._others: dict[str, tuple[Path, dict[str, Any] | None]] = {}
+        """Name → folder and ``slot.json`` of a run that an earlier launcher began; None: begun by hand, so what it uses is not known."""
 
     def room(self) -> int | None:
         return len(self._free())
@@ -73,81 +55,78 @@ class LocalBackend:
         free = self._free()
         if not free:
             raise BackendError(f"{run.name}: all of {len(self.environments)} places are taken")
-        slot = free[0]
+        environment = dict(self.environments[free[0]])
         run.folder.mkdir(parents=True, exist_ok=True)
         if holder(run.folder) is None:  # else it says where that process runs, and this start will be refused
-            write_json(run.folder / SLOT_NAME, {"slot": slot, "devices": self.environments[slot].get(_DEVICES)})
-        command = [*self.program, "fit", *arguments]
+            write_json(run.folder / SLOT_NAME, {"slot": free[0], "devices": environment.get(_DEVICES)})
         with (run.folder / LOG_NAME).open("ab") as log:
             process = subprocess.Popen(
-                command,
+                [*self.program, "fit", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=dict(self.environments[slot]),
+                env=environment,
                 start_new_session=True,
             )
-        self._jobs[run.name] = _Job(process, slot)
-        self._adopted.pop(run.name, None)
+        self._jobs[run.name] = process, free[0]
 
     def state(self, run: PlannedRun) -> State | None:
-        if run.name in self._adopted:
-            if holder(run.folder) is not None:
-                return "running"
-            del self._adopted[run.name]
-            return None
-        job = self._jobs.get(run.name)
-        if job is None:
-            return None
-        status = job.process.poll()
-        if status is None:
+        if run.name in self._jobs and self._jobs[run.name][0].poll() is None:
             return "running"
-        self._ended[run.name] = status
-        del self._jobs[run.name]
-        return None
+        if holder(run.folder) is None:
+            self._others.pop(run.name, None)
+            return None
+        self._jobs.pop(run.name, None)  # ours was refused, because another process trains it
+        if run.name not in self._others:
+            self._others[run.name] = run.folder, read_json(run.folder / SLOT_NAME)
+        return "running"
 
     def ending(self, run: PlannedRun) -> Ending:
-        status, log = self._ended.get(run.name), last_error(run.folder / LOG_NAME)
-        if status is None:  # the process was another launcher's, or somebody's
+        log = last_error(run.folder / LOG_NAME)
+        if run.name not in self._jobs:  # the process was another launcher's, or somebody's
             return Ending(log=log)
+        status = self._jobs[run.name][0].returncode
         return Ending(exit_status=status, since=written(run.folder / SLOT_NAME), log=log)
 
-    def stop(self) -> list[str]:
+    def stop(self) -> str:
         """Ask every run to stop, wait, then kill. A second Ctrl-C kills at once."""
+        deadline = time.monotonic() + self.grace_seconds
         try:
-            self._signal(signal.SIGTERM)
-            deadline = time.monotonic() + self.grace_seconds
-            while self._alive() and time.monotonic() < deadline:
-                time.sleep(0.05)
+            for process in self._send(signal.SIGTERM):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
         finally:
-            self._signal(signal.SIGKILL)
-            for job in self._jobs.values():
-                job.process.wait()
-            self._jobs.clear()
-        return [name for name, one in self._adopted.items() if holder(one.run.folder) is not None]
+            for process in self._send(signal.SIGKILL):
+                process.wait()
+        going_on = [name for name, (folder, _) in self._others.items() if holder(folder) is not None]
+        if not going_on:
+            return "stopped; the same command continues every run from its last resume file"
+        return (
+            f"{', '.join(going_on)} go on: another process began them; the same command finds them again\n"
+            "stopped; the same command continues every other run from its last resume file"
+        )
+
+    def _send(self, number: signal.Signals) -> list[subprocess.Popen[bytes]]:
+        """Signal every process that lives, with its children."""
+        alive = [process for process, _ in self._jobs.values() if process.poll() is None]
+        for process in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        return alive
 
     def _free(self) -> list[int]:
-        taken = {job.slot for job in self._jobs.values()}
-        for one in self._adopted.values():
-            if one.place is not None and holder(one.run.folder) is not None:
-                taken |= {slot for slot in range(len(self.environments)) if self._is_shared(slot, one.place)}
+        taken = {slot for process, slot in self._jobs.values() if process.poll() is None}
+        for folder, place in self._others.values():
+            if place is not None and holder(folder) is not None:
+                taken |= {slot for slot in range(len(self.environments)) if self._is_shared(slot, place)}
         return [slot for slot in range(len(self.environments)) if slot not in taken]
 
     def _is_shared(self, slot: int, place: Mapping[str, Any]) -> bool:
         """Whether a slot is, or has a GPU of, the one that a launcher gave away, perhaps for another number of runs at a time."""
         ours, theirs = self.environments[slot].get(_DEVICES), place.get("devices")
         if ours and theirs:
-            return bool(set(_listed(ours)) & set(_listed(theirs)))
+            return not set(_listed(ours)).isdisjoint(_listed(theirs))
         return ours != theirs or slot == place.get("slot")  # none named: all of the machine, if there are any
-
-    def _alive(self) -> bool:
-        return any(job.process.poll() is None for job in self._jobs.values())
-
-    def _signal(self, number: signal.Signals) -> None:
-        for job in self._jobs.values():
-            if job.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(job.process.pid, number)
 
 
 def environments_for(
@@ -168,9 +147,8 @@ def environments_for(
             f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs; to train on CPU set {_DEVICES} to nothing"
         )
     shared = {_THREADS: str(max(1, cores // jobs))} | dict(environment)
-    if not gpus:
-        return [dict(shared) for _ in range(jobs)]
-    return [shared | {_DEVICES: ",".join(gpus[slot * each : (slot + 1) * each])} for slot in range(jobs)]
+    own = [{_DEVICES: ",".join(gpus[slot * each : (slot + 1) * each])} if gpus else {} for slot in range(jobs)]
+    return [shared | devices for devices in own]
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:

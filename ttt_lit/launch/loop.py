@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
-from ttt_lit.launch.folder import Recorded, keep_budget, matched_budget, recorded
+from ttt_lit.launch.folder import Recorded, fix_hours, recorded
 from ttt_lit.launch.matrix import PlannedRun
-from ttt_lit.launch.schedule import ACTIVE, State, blocking, ready, with_blocked
+
+State = Literal["waiting", "blocked", "queued", "running", "finished", "diverged", "failed", "interrupted"]
+"""``waiting``: for its turn or its parents. ``blocked``: a parent will not finish. ``queued``: with the cluster. ``failed``,
+``diverged`` and ``interrupted``: ended before the end."""
+
+ACTIVE: tuple[State, ...] = ("queued", "running")
+BROKEN: tuple[State, ...] = ("blocked", "diverged", "failed", "interrupted")
 
 
 class BackendError(RuntimeError):
     """A backend could not do what it was asked for one run; the others are not concerned."""
-
-
-# What concerns one run only: its files cannot be read or written, its settings do not fit, its backend refuses.
-_OF_ONE_RUN = (ValueError, OSError, BackendError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,34 +39,28 @@ class Ending:
 class Backend(Protocol):
     """Where runs are executed. Every method that takes a run may raise BackendError."""
 
-    def adopt(self, run: PlannedRun) -> bool:
-        """Whether the run is being executed already, by an earlier launcher or by hand; from now on it is asked for its state."""
-        ...
+    when_stopped: str
+    """What the user is told when the launcher is stopped."""
 
     def room(self) -> int | None:
         """How many more runs may be started now; None: any number."""
-        ...
+        return None
 
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
         """Begin to execute ``fit`` with these arguments; returns at once."""
         ...
 
     def state(self, run: PlannedRun) -> State | None:
-        """``queued`` or ``running``; None once it has ended."""
+        """``queued`` or ``running``, whoever began it: this launcher, an earlier one, or somebody by hand. Else None."""
         ...
 
     def ending(self, run: PlannedRun) -> Ending:
         """Of a run that has ended."""
         ...
 
-    def stop(self) -> list[str]:
-        """End what was started here; returns when it has ended. Harmless twice. Names the runs that go on: others began them."""
-        ...
-
-    @property
-    def stops_with_launcher(self) -> bool:
-        """Whether the runs end when the launcher is stopped."""
-        ...
+    def stop(self) -> str:
+        """End what ends with the launcher; returns when it has ended, with what the user should know. Harmless twice."""
+        return ""
 
 
 @dataclass
@@ -78,6 +75,30 @@ class Board:
     @property
     def is_finished(self) -> bool:
         return all(state == "finished" for state in self.states.values())
+
+    def end(self, run: PlannedRun, state: State, reason: str | None) -> None:
+        self.states[run.name] = state
+        if reason:
+            self.reasons[run.name] = reason
+
+    def block(self) -> None:
+        """Block every waiting run that has a broken ancestor."""
+        for _, run in itertools.product(self.runs, self.runs):  # a chain of parents may be as long as the matrix
+            broken = [parent for parent in run.after if self.states[parent] in BROKEN]
+            if broken and self.states[run.name] in ("waiting", "blocked"):
+                self.end(run, "blocked", f"needs {', '.join(broken)}")
+
+    def ready(self, slots: int | None) -> list[PlannedRun]:
+        """Runs to start now, in the file's order: waiting, every parent finished, and fewer than ``slots`` active."""
+        waiting = [
+            run
+            for run in self.runs
+            if self.states[run.name] == "waiting" and all(self.states[parent] == "finished" for parent in run.after)
+        ]
+        return waiting if slots is None else waiting[: max(0, slots - len(self.active()))]
+
+    def active(self) -> list[PlannedRun]:
+        return [run for run in self.runs if self.states[run.name] in ACTIVE]
 
 
 View = Callable[[Board], None]
@@ -97,41 +118,37 @@ def launch(
         with _failing_alone(run, board):
             _first_look(run, board, backend)
     while True:
-        for run in runs:
-            if board.states[run.name] in ACTIVE:
-                with _failing_alone(run, board):
-                    _look_again(run, board, backend)
-        board.states = with_blocked(runs, board.states)
-        for run in ready(runs, board.states, slots)[: backend.room()]:
+        for run in board.active():
+            with _failing_alone(run, board):
+                _look_again(run, board, backend)
+        board.block()
+        for run in board.ready(slots)[: backend.room()]:
             with _failing_alone(run, board):
                 _start(run, board, backend)
-        board.states = with_blocked(runs, board.states)
-        board.reasons |= _blocked_reasons(runs, board.states)
+        board.block()
         view(board)
-        active = any(state in ACTIVE for state in board.states.values())
-        if not active and not ready(runs, board.states, slots):
+        if not board.active() and not board.ready(slots):
             return board
         time.sleep(poll_seconds)
 
 
 @contextmanager
 def _failing_alone(run: PlannedRun, board: Board) -> Iterator[None]:
-    """An error of one run is its end and nobody else's."""
+    """Files that cannot be read or written, settings that do not fit, a backend that refuses: one run's end and nobody else's."""
     try:
         yield
-    except _OF_ONE_RUN as error:
-        _end(run, board, "failed", " ".join(str(error).split()))
+    except (ValueError, OSError, BackendError) as error:
+        board.end(run, "failed", " ".join(str(error).split()))
 
 
 def _first_look(run: PlannedRun, board: Board, backend: Backend) -> None:
     found = recorded(run.folder)
-    status = None if found is None else found.status
-    if status == "finished":
+    if found is not None and found.status == "finished":
         board.states[run.name] = "finished"
-    elif backend.adopt(run):
-        board.states[run.name] = "running"
-    elif status == "diverged":
-        _end(run, board, "diverged", found.reason if found else None)
+    elif (state := backend.state(run)) is not None:
+        board.states[run.name] = state
+    elif found is not None and found.status == "diverged":
+        board.end(run, "diverged", found.reason)
     else:  # new, or cut off: the same command continues it
         board.states[run.name] = "waiting"
 
@@ -140,28 +157,29 @@ def _look_again(run: PlannedRun, board: Board, backend: Backend) -> None:
     state = backend.state(run)
     if state is not None:
         board.states[run.name] = state
-    elif backend.adopt(run):  # ours was refused because another process trains it
-        board.states[run.name] = "running"
     else:
-        _end(run, board, *_outcome(recorded(run.folder), backend.ending(run)))
+        board.end(run, *_outcome(recorded(run.folder), backend.ending(run)))
+
+
+def _start(run: PlannedRun, board: Board, backend: Backend) -> None:
+    match = run.gpu_hours
+    hours = None if match is None else fix_hours(run, next(one for one in board.runs if one.name == match.of))
+    backend.start(run, run.with_budget(hours))
+    board.states[run.name] = backend.state(run) or "running"
 
 
 def _outcome(found: Recorded | None, ending: Ending) -> tuple[State, str | None]:
     """How a run ended, from its record and what its backend knows."""
-    said, reason = (None, None) if found is None else (found.status, found.reason)
+    said, reason, when = found or (None, None, None)
     if said == "finished":  # however the process ended after that: a later start would skip it
         return "finished", None
     if said == "diverged":
         return "diverged", reason
-    if found is not None and _is_older(found.written, ending.since):
+    if when is not None and ending.since is not None and when < ending.since:
         said = reason = None  # it tells how an earlier start ended
     if said == "interrupted" and ending.exit_status in (None, 130, 143, -2, -15):
         return "interrupted", reason
     return "failed", reason if said == "failed" and reason else _why(said, ending)
-
-
-def _is_older(one: float | None, other: float | None) -> bool:
-    return one is not None and other is not None and one < other
 
 
 def _why(said: str | None, ending: Ending) -> str:
@@ -177,24 +195,3 @@ def _why(said: str | None, ending: Ending) -> str:
     elif ending.log:
         return ending.log
     return f"{how}: {ending.log}" if ending.log else how
-
-
-def _start(run: PlannedRun, board: Board, backend: Backend) -> None:
-    hours = None
-    if run.gpu_hours is not None:
-        baseline = next(other for other in board.runs if other.name == run.gpu_hours.of)
-        budget = matched_budget(run.folder, baseline.name, baseline.folder, run.gpu_hours.share)
-        keep_budget(run.folder, budget)
-        hours = budget.gpu_hours
-    backend.start(run, run.with_budget(hours))
-    board.states[run.name] = backend.state(run) or "running"
-
-
-def _end(run: PlannedRun, board: Board, state: State, reason: str | None) -> None:
-    board.states[run.name] = state
-    if reason:
-        board.reasons[run.name] = reason
-
-
-def _blocked_reasons(runs: Sequence[PlannedRun], states: Mapping[str, State]) -> dict[str, str]:
-    return {run.name: f"needs {', '.join(blocking(run, states))}" for run in runs if states[run.name] == "blocked"}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import submitit
+from submitit.helpers import Checkpointable
 
 from ttt_lit.launch.folder import last_error, read_json, recorded, write_json, written
-from ttt_lit.launch.loop import BackendError, Ending
+from ttt_lit.launch.loop import Backend, BackendError, Ending, State
 from ttt_lit.launch.matrix import PlannedRun
 from ttt_lit.launch.matrix_file import WARNING_SECONDS, SlurmSettings
-from ttt_lit.launch.schedule import State
-from ttt_lit.launch.slurm_job import FitJob
 from ttt_lit.train.lock import holder
 
 JOB_NAME = "slurm.json"
@@ -31,151 +34,116 @@ _NO_AUTO_REQUEUE = [
 ]
 
 
-class Cluster(Protocol):
-    """The part of submitit that is used."""
+class FitJob(Checkpointable):
+    """One run; every task of the job calls it with the same arguments.
 
-    def submit(self, folder: Path, parameters: dict[str, Any], job: FitJob) -> Any:
-        """Put a job into the queue; returns it with ``job_id``, ``done()`` and ``state``."""
-        ...
+    The cluster's warning (SIGUSR2) reaches submitit's handler, which puts the same call back into the queue: ``fit`` continues from the
+    run's last resume file by itself. The callback ``Preemption`` delays that handler until the file is written.
 
-    def find(self, folder: Path, job_id: str, tasks: int) -> Any:
-        """A job that was submitted earlier."""
-        ...
+    Args:
+        entry: ``module:function`` that takes the arguments of ``fit``; imported on the node, not where the job is submitted.
+        arguments: those of ``fit``.
+    """
 
+    def __init__(self, entry: str, arguments: Sequence[str]) -> None:
+        self.entry, self.arguments = entry, tuple(arguments)
 
-class SubmititCluster:
-    """SLURM through submitit. Refuses at once, by name, where the package is not installed."""
-
-    def __init__(self) -> None:
-        self.submitit = _submitit()
-
-    def submit(self, folder: Path, parameters: dict[str, Any], job: FitJob) -> Any:
-        executor = self.submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=_TIMEOUTS)
-        executor.update_parameters(**parameters)
-        return executor.submit(job)
-
-    def find(self, folder: Path, job_id: str, tasks: int) -> Any:
-        return self.submitit.SlurmJob(folder=folder, job_id=job_id, tasks=list(range(tasks)))
+    def __call__(self) -> int:
+        module, _, function = self.entry.partition(":")
+        status: int = getattr(importlib.import_module(module), function)(list(self.arguments))
+        return status
 
 
-class SlurmBackend:
+class SlurmBackend(Backend):
     """One job per run. The launcher stays alive to start children and to show progress, but jobs do not need it.
 
     Args:
         settings: what every job asks for.
         entry: ``module:function`` of ``fit``.
-        cluster: makes the jobs; None: SLURM.
     """
 
-    stops_with_launcher = False
+    when_stopped = "the jobs go on without the launcher; the same command finds them again"
 
-    def __init__(self, settings: SlurmSettings, entry: str, cluster: Callable[[], Cluster] = SubmititCluster) -> None:
-        self.settings, self.entry, self.cluster = settings, entry, cluster()
+    def __init__(self, settings: SlurmSettings, entry: str) -> None:
+        self.settings, self.entry = settings, entry
         self._jobs: dict[str, Any] = {}
+        """Name of a run → its job; None: a launcher has none, or not any more."""
 
-    def adopt(self, run: PlannedRun) -> bool:
-        is_held = holder(run.folder) is not None
-        if is_held and self._has_ended(run):
-            # Ours was refused: another process trains the run, and its record tells how that ends.
-            del self._jobs[run.name]
-            return True
-        if run.name in self._jobs:
-            return False
-        if is_held and _submitting(run) is not None:  # the job that a launcher did not live to note
-            return True
-        job_id = _submitted(run)
-        if job_id is not None:
-            with _asking("find", run):
-                job = self.cluster.find(run.folder / LOG_FOLDER, job_id, tasks_of(self.settings))
-                ended = job.done()
-            if not ended:
-                self._jobs[run.name] = job
-                return True
-        return is_held
+    def submit(self, folder: Path, parameters: dict[str, Any], job: FitJob) -> Any:
+        """Put a job into the queue; returns it with ``job_id``, ``done()`` and ``state``."""
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=_TIMEOUTS)
+        executor.update_parameters(**parameters)
+        return executor.submit(job)
 
-    def _has_ended(self, run: PlannedRun) -> bool:
-        """Whether a job of ours is over; False where there is none."""
-        job = self._jobs.get(run.name)
-        if job is None:
-            return False
-        with _asking("look at", run):
-            return bool(job.done())
-
-    def room(self) -> int | None:
-        """The cluster has a queue."""
-        return None
+    def find(self, folder: Path, job_id: str) -> Any:
+        """A job that was submitted earlier."""
+        return submitit.SlurmJob(folder=folder, job_id=job_id, tasks=list(range(tasks_of(self.settings))))
 
     def start(self, run: PlannedRun, arguments: Sequence[str]) -> None:
         job = FitJob(self.entry, (*arguments, *cluster_arguments(self.settings)))
-        folder = run.folder / LOG_FOLDER
+        folder, parameters = run.folder / LOG_FOLDER, job_parameters(self.settings, run.name)
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = job_parameters(self.settings, run.name)
         # First: a launcher that dies after the submission would leave a job that nobody knows, and the next one would submit a second.
         write_json(run.folder / JOB_NAME, {"job_id": None, "submitting": parameters["name"]})
         try:
             with _asking("submit", run):
-                submitted = self.cluster.submit(folder, parameters, job)
+                self._jobs[run.name] = self.submit(folder, parameters, job)
         except BackendError:  # if the cluster took it all the same, run.lock lets one of two jobs train
             (run.folder / JOB_NAME).unlink()
             raise
-        write_json(run.folder / JOB_NAME, {"job_id": submitted.job_id})
-        self._jobs[run.name] = submitted
+        write_json(run.folder / JOB_NAME, {"job_id": self._jobs[run.name].job_id})
 
     def state(self, run: PlannedRun) -> State | None:
-        job = self._jobs.get(run.name)
-        if job is None:  # by hand, on another node
-            return "running" if holder(run.folder) is not None else None
+        if run.name not in self._jobs:
+            self._jobs[run.name] = self._submitted(run)
+        job = self._jobs[run.name]
         with _asking("look at", run):
-            if job.done():
-                return None
-            running = job.state.split(" ")[0] in _RUNNING
+            is_ours = job is not None and not job.done()
+            running = is_ours and job.state.split(" ")[0] in _RUNNING
         # The cluster is asked rarely; the lock tells at once.
-        return "running" if running or holder(run.folder) is not None else "queued"
+        is_held = holder(run.folder) is not None
+        if is_ours:
+            return "running" if running or is_held else "queued"
+        if is_held:  # by hand, by a job that no launcher noted, or ours was refused because another process trains it
+            self._jobs[run.name] = None
+            return "running"
+        return None
 
     def ending(self, run: PlannedRun) -> Ending:
         """Without an exit status: a job that was requeued has several, and the record tells what became of the run."""
-        job = self._jobs.get(run.name)
+        job = self._jobs[run.name]
         if job is None:
             return Ending()
         log = run.folder / LOG_FOLDER / f"{job.job_id}_0_log.err"
         return Ending(since=written(run.folder / JOB_NAME), log=last_error(log))
 
-    def stop(self) -> list[str]:
-        """Jobs belong to the cluster: they go on, and a later launcher finds them."""
-        return []
-
-
-def _submitting(run: PlannedRun) -> Any:
-    """Name of the job that was being submitted when the file was last written; None: none was."""
-    return (read_json(run.folder / JOB_NAME) or {}).get("submitting")
+    def _submitted(self, run: PlannedRun) -> Any:
+        """The run's job if it is in the queue or runs. ValueError where ``slurm.json`` cannot tell."""
+        path = run.folder / JOB_NAME
+        known = read_json(path)
+        if known is None:
+            return None
+        name, job_id = known.get("submitting"), known.get("job_id")
+        if name is not None:
+            if holder(run.folder) is not None or _has_come_and_gone(run):
+                return None
+            raise ValueError(
+                f"{path}: a launcher ended while it submitted the job {name}; look whether the cluster has it (squeue --name {name}), "
+                "cancel it if so, and delete this file"
+            )
+        if not isinstance(job_id, str):
+            raise ValueError(f"{path}: job_id is missing; delete this file if the job has ended")
+        with _asking("find", run):
+            job = self.find(run.folder / LOG_FOLDER, job_id)
+            return None if job.done() else job
 
 
 def _has_come_and_gone(run: PlannedRun) -> bool:
-    """Whether a job trained the run after that file was written, and is not one that the cluster would start again."""
-    found = recorded(run.folder)
-    noted = written(run.folder / JOB_NAME)
+    """Whether a job trained the run after its submission was noted, and is not one that the cluster would start again."""
+    found, noted = recorded(run.folder), written(run.folder / JOB_NAME)
     if found is None or found.status in ("running", "interrupted"):
         return False
     return found.written is not None and noted is not None and found.written >= noted
-
-
-def _submitted(run: PlannedRun) -> str | None:
-    """Id of the run's last job. ValueError for a file that cannot be read."""
-    path = run.folder / JOB_NAME
-    known = read_json(path)
-    if known is None:
-        return None
-    name = _submitting(run)
-    if name is not None:
-        if _has_come_and_gone(run):
-            return None
-        raise ValueError(
-            f"{path}: a launcher ended while it submitted the job {name}; look whether the cluster has it (squeue --name {name}), "
-            "cancel it if so, and delete this file"
-        )
-    if not isinstance(known.get("job_id"), str):
-        raise ValueError(f"{path}: job_id is missing; delete this file if the job has ended")
-    return str(known["job_id"])
 
 
 @contextmanager
@@ -199,33 +167,13 @@ def cluster_arguments(settings: SlurmSettings) -> tuple[str, ...]:
         *("--trainer.num_nodes", str(settings.nodes)),
         *("--trainer.plugins", json.dumps(_NO_AUTO_REQUEUE)),
     ]
-    if tasks_of(settings) > 1:
-        devices += ["--trainer.strategy", "fsdp2"]
-    return tuple(devices)
+    return (*devices, *(("--trainer.strategy", "fsdp2") if tasks_of(settings) > 1 else ()))
 
 
 def job_parameters(settings: SlurmSettings, name: str) -> dict[str, Any]:
-    """As submitit's AutoExecutor takes them."""
-    return {
-        "name": name.replace("/", "-"),
-        "nodes": settings.nodes,
-        "gpus_per_node": settings.gpus_per_node,
-        "tasks_per_node": settings.gpus_per_node,
-        "cpus_per_task": settings.cpus_per_task,
-        "timeout_min": settings.timeout_min,
-        "slurm_mem": f"{settings.mem_gb}G" if settings.mem_gb else "0",
-        "slurm_signal_delay_s": WARNING_SECONDS,
-        "slurm_partition": settings.partition,
-        "slurm_account": settings.account,
-        "slurm_qos": settings.qos,
-    }
-
-
-def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise RuntimeError(
-            '--launcher slurm needs the package submitit; install it with: pip install "ttt-lit[slurm]"'
-        ) from error
-    return submitit
+    """As submitit's AutoExecutor takes them; it knows most settings by their names here."""
+    plain = dataclasses.asdict(settings)
+    memory = plain.pop("mem_gb")
+    own = {f"slurm_{key}": plain.pop(key) for key in ("partition", "account", "qos")}
+    own |= {"slurm_mem": f"{memory}G" if memory else "0", "slurm_signal_delay_s": WARNING_SECONDS}
+    return {"name": name.replace("/", "-"), "tasks_per_node": settings.gpus_per_node, **plain, **own}

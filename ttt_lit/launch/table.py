@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ttt_lit.launch.loop import Board
+from ttt_lit.launch.folder import Progress
+from ttt_lit.launch.loop import Board, State, View
 from ttt_lit.launch.matrix import PlannedRun
-from ttt_lit.launch.outlook import seconds_left
-from ttt_lit.launch.progress import Progress
-from ttt_lit.launch.schedule import State
 
 HEADER = ("run", "state", "stage", "tokens", "loss", "time left")
 _STYLES: dict[State, str] = {
@@ -37,19 +36,45 @@ def row(run: PlannedRun, board: Board) -> tuple[str, ...]:
     state_cell = state if reason is None else f"{state}: {reason}"
     if progress is None:
         return (run.name, state_cell, "", "", "", "")
-    left = duration(progress.remaining_seconds) if state == "running" else ""
-    loss = "" if progress.loss is None else f"{progress.loss:.3f}"
-    return (run.name, state_cell, progress.stage, amount(progress), loss, left)
-
-
-def amount(progress: Progress) -> str:
-    """Tokens spent of those planned; where time is the budget, tokens and the share of the time."""
     if progress.planned_tokens is not None:
-        return f"{short(progress.tokens)} / {short(progress.planned_tokens)}"
-    return f"{short(progress.tokens)}, {progress.fraction:.0%} of {duration(progress.planned_gpu_seconds)}"
+        amount = f"{_short(progress.tokens)} / {_short(progress.planned_tokens)}"
+    else:
+        amount = f"{_short(progress.tokens)}, {progress.fraction:.0%} of {_duration(progress.planned_gpu_seconds)}"
+    left = _duration(progress.remaining_seconds) if state == "running" else ""
+    loss = "" if progress.loss is None else f"{progress.loss:.3f}"
+    return (run.name, state_cell, progress.stage, amount, loss, left)
 
 
-def short(count: float) -> str:
+def counts(board: Board) -> str:
+    """``2 finished, 1 running``."""
+    states = list(board.states.values())
+    return ", ".join(f"{states.count(state)} {state}" for state in _STYLES if state in states)
+
+
+def outlook(board: Board) -> str:
+    """``3 of 10 finished, about 25 min left``."""
+    finished, left = list(board.states.values()).count("finished"), seconds_left(board)
+    return f"{finished} of {len(board.runs)} finished" + ("" if left is None else f", about {_duration(left)} left")
+
+
+def seconds_left(board: Board) -> float | None:
+    """Wall-clock time until the last run ends, if as many run at a time as now. None while that cannot be known.
+
+    A run that has not begun is expected to take as long as those that have, on average.
+    """
+    going = board.active()
+    seen = [run for run in board.runs if board.states[run.name] == "finished"] + going
+    progress = {run.name: found for run in seen if (found := Progress.read(run.folder)) is not None}
+    whole = [seconds for one in progress.values() if (seconds := one.whole_seconds) is not None]
+    if not going or not whole:
+        return None
+    mean, to_come = sum(whole) / len(whole), list(board.states.values()).count("waiting")
+    known = [progress[run.name].remaining_seconds if run.name in progress else None for run in going]
+    left = [mean if seconds is None else seconds for seconds in known]
+    return max(*left, (sum(left) + to_come * mean) / len(going))
+
+
+def _short(count: float) -> str:
     """1234567 → 1.23M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -57,7 +82,7 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def duration(seconds: float | None) -> str:
+def _duration(seconds: float | None) -> str:
     """3700 → 1:01 h."""
     if seconds is None:
         return ""
@@ -67,48 +92,28 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-def outlook(board: Board) -> str:
-    """``3 of 10 finished, about 25 min left``."""
-    finished = sum(state == "finished" for state in board.states.values())
-    left = seconds_left(board)
-    return f"{finished} of {len(board.runs)} finished" + ("" if left is None else f", about {duration(left)} left")
+@contextmanager
+def shown(title: str, console: Console) -> Iterator[View]:
+    """A table that is redrawn in place on a terminal, else lines."""
+    if not console.is_terminal:
+        yield Lines(functools.partial(print, flush=True))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda board: live.update(_table(title, board), refresh=True)
 
 
-def time_of_day() -> str:
+def _table(title: str, board: Board) -> Table:
+    title = f"{_time_of_day()}  {title}: {outlook(board)} ({counts(board)})"
+    table = Table(*HEADER, title=title, title_justify="left")
+    for run in board.runs:
+        cells = [Text(cell) for cell in row(run, board)]
+        cells[1].stylize(_STYLES[board.states[run.name]])
+        table.add_row(*cells)
+    return table
+
+
+def _time_of_day() -> str:
     return time.strftime("%H:%M:%S")
-
-
-def counts(board: Board) -> str:
-    """``2 finished, 1 running``."""
-    states = list(board.states.values())
-    return ", ".join(f"{states.count(state)} {state}" for state in _STYLES if state in states)
-
-
-class LiveTable:
-    """Shows a board as a table that is redrawn in place."""
-
-    def __init__(self, title: str, console: Console) -> None:
-        self.title = title
-        self._live = Live(console=console, auto_refresh=False)
-
-    def __enter__(self) -> LiveTable:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
-
-    def __call__(self, board: Board) -> None:
-        title = f"{time_of_day()}  {self.title}: {outlook(board)} ({counts(board)})"
-        table = Table(*HEADER, title=title, title_justify="left")
-        for run in board.runs:
-            state = board.states[run.name]
-            cells = [Text(cell) for cell in row(run, board)]
-            cells[1].stylize(_STYLES[state])
-            table.add_row(*cells)
-        self._live.update(table, refresh=True)
 
 
 class Lines:
@@ -123,63 +128,35 @@ class Lines:
         *,
         every_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
-        time_of_day: Callable[[], str] = time_of_day,
+        time_of_day: Callable[[], str] = _time_of_day,
     ) -> None:
         self.write, self.every_seconds, self.clock, self.time_of_day = write, every_seconds, clock, time_of_day
         self._states: dict[str, State] = {}
-        self._cells: dict[str, tuple[str, ...]] = {}
+        self._said: dict[str, str] = {}
         self._last = float("-inf")
-        self._outlook = ""
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
     def __call__(self, board: Board) -> None:
         due = self.clock() - self._last >= self.every_seconds
         if not self._states:
-            self._begin(board)
-        changed = False
+            for state in ("finished", "waiting"):
+                names = [run.name for run in board.runs if board.states[run.name] == state]
+                self._states |= dict.fromkeys(names, state)
+                if names:
+                    self._say(state, f"{state}: {', '.join(names)}")
+        changed = [run.name for run in board.runs if board.states[run.name] != self._states.get(run.name)]
         for run in board.runs:
-            state = board.states[run.name]
-            is_new = state != self._states.get(run.name)
-            if is_new or (due and state == "running"):
-                self._write(run, board)
-            changed = changed or is_new
-            self._states[run.name] = state
+            if run.name in changed or (due and board.states[run.name] == "running"):
+                name, said, stage, tokens, loss, left = row(run, board)
+                parts = [stage and f"stage {stage}", tokens and f"tokens {tokens}", loss and f"loss {loss}"]
+                self._say(name, "  ".join(filter(None, [name, said, *parts, left and f"{left} left"])))
         if due or changed:
-            self._write_outlook(board)
+            self._say("", outlook(board))
         if due:
             self._last = self.clock()
+        self._states = dict(board.states)
 
-    def _begin(self, board: Board) -> None:
-        for state in ("finished", "waiting"):
-            names = [run.name for run in board.runs if board.states[run.name] == state]
-            self._states |= dict.fromkeys(names, state)
-            if names:
-                self._say(f"{state}: {', '.join(names)}")
-
-    def _write_outlook(self, board: Board) -> None:
-        text = outlook(board)
-        if text != self._outlook:
-            self._outlook = text
-            self._say(text)
-
-    def _say(self, text: str) -> None:
-        self.write(f"{self.time_of_day()}  {text}")
-
-    def _write(self, run: PlannedRun, board: Board) -> None:
-        cells = row(run, board)
-        if cells == self._cells.get(run.name):
-            return
-        self._cells[run.name] = cells
-        stage, tokens, loss, left = cells[2:]
-        named = [
-            f"stage {stage}" if stage else "",
-            f"tokens {tokens}" if tokens else "",
-            f"loss {loss}" if loss else "",
-            f"{left} left" if left else "",
-        ]
-        self._say("  ".join([cells[0], cells[1], *(text for text in named if text)]))
+    def _say(self, what: str, text: str) -> None:
+        """Nothing twice in a row about the same."""
+        if self._said.get(what) != text:
+            self._said[what] = text
+            self.write(f"{self.time_of_day()}  {text}")

@@ -20,6 +20,7 @@ from ttt_lit.train.stages import StagePlan
 from ttt_lit.ttt.flops import FlopCount
 from ttt_lit.verdict.formats import ranges
 
+DEVICE = "h200"
 UTILISATION = 0.4
 """Share of the peak that is assumed where nothing else is given."""
 
@@ -78,15 +79,10 @@ def plan(arguments: list[str], options: PlanOptions) -> str:
 
     Returns the console text.
     """
-    run = read_run(arguments, options.shape)
-    name = options.device or ("cpu" if run.on_cpu else "h200")
-    device = device_named(name, peak_tflops=options.peak_tflops, memory_gib=options.memory_gib)
-    devices = options.devices or run.devices
-    setting = Setting(devices=devices, on_cpu=device.is_cpu, half=number_bytes(run.precision) == 2)
-    stages = [planned_stage(run, stage, device, setting, options.utilisation) for stage in run.plans(devices)]
+    run, device, setting, stages = planned(arguments, options)
     notes = list(_notes(run, stages, device, setting, options.utilisation))
     tables = [_work(stages), _flops(stages), _memory(stages, device)]
-    title = f"{run.name} on {devices} × {device.name}"
+    title = f"{run.name} on {setting.devices} × {device.name}"
     wrapped = "\n".join(textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in notes)
     text = "\n\n".join([title, *(table.text() for table in tables), wrapped])
     if options.output is not None:
@@ -96,7 +92,18 @@ def plan(arguments: list[str], options: PlanOptions) -> str:
     return text
 
 
-def planned_stage(
+def planned(arguments: list[str], options: PlanOptions) -> tuple[PlannedRun, Device, Setting, list[PlannedStage]]:
+    """Plan the stages of a run; ``arguments`` are those of ``fit``. FileNotFoundError or NotKnown: it cannot be known yet."""
+    run = read_run(arguments, options.shape)
+    name = options.device or ("cpu" if run.on_cpu else DEVICE)
+    device = device_named(name, peak_tflops=options.peak_tflops, memory_gib=options.memory_gib)
+    devices = options.devices or run.devices
+    setting = Setting(devices=devices, on_cpu=device.is_cpu, half=number_bytes(run.precision) == 2)
+    stages = [_planned_stage(run, stage, device, setting, options.utilisation) for stage in run.plans(devices)]
+    return run, device, setting, stages
+
+
+def _planned_stage(
     run: PlannedRun, stage: StagePlan, device: Device, setting: Setting, utilisation: float
 ) -> PlannedStage:
     """One stage's work, expected time and memory on a device."""

@@ -91,10 +91,10 @@ def _decode_object(kind: Any, value: Any, where: str, diverged: bool) -> Any:
     _expect(isinstance(value, dict), value, where, "an object")
     hints = _hints(kind)
     required = {each.name for each in dataclasses.fields(kind) if "added_later" not in each.metadata}
-    unknown, missing = sorted(set(value) - set(hints)), sorted(required - set(value))
+    unknown, missing = sorted(set(value) - set(hints), key=str), sorted(required - set(value))
     if unknown or missing:
         raise ValueError(
-            f"{where}: got unknown fields {unknown} and misses fields {missing}, expected the schema's fields"
+            f"{where}: got unknown fields {unknown} and misses fields {missing}, expected {', '.join(hints)}"
         )
     return kind(**{name: decode(hints[name], item, f"{where}.{name}", diverged) for name, item in value.items()})
 
