@@ -1,5 +1,6 @@
 """The report says what the records say, the bad news included."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,10 +10,8 @@ from helpers.records import run
 import cli
 from ttt_lit.record.schema import Parent
 from ttt_lit.report.collect import read_records
-from ttt_lit.report.console import console, tables
-from ttt_lit.report.decision import reason_lines
-from ttt_lit.verdict.gates import judge_candidates
-from ttt_lit.verdict.study import read_study
+from ttt_lit.report.console import console, run_tables
+from ttt_lit.report.runs import transitions
 
 IDS = [f"{index:03}" for index in range(32)]
 
@@ -71,17 +70,16 @@ def test_a_context_within_the_window_shows_nothing_and_dense_layers_claim_nothin
 
 
 def test_a_broken_promise_is_said(make_record):
-    says(
-        make_record(after=3.6),
-        "PROMISE BROKEN: prime MLPs inserted, into C: loss 3.50000 before, 3.60000 after",
-        "BROKEN",
-    )
+    record = make_record(after=3.6)
+    says(record, "PROMISE BROKEN: prime MLPs inserted, into C: loss 3.50000 before, 3.60000 after")
+    assert [row[-1] for row in transitions([record]).rows] == ["BROKEN"]
 
 
 def test_an_allowed_jump_is_reported_as_one(make_record):
     record = make_record(after=3.6)
     record.stages[1].transition.preserves = False
-    assert "BROKEN" not in says(record, "a jump of +0.100 nats per token", "jump allowed")
+    assert "BROKEN" not in says(record, "a jump of +0.100 nats per token")
+    assert [row[-1] for row in transitions([record]).rows] == ["jump allowed"]
 
 
 def test_too_much_validation_is_said(make_record):
@@ -116,31 +114,49 @@ def test_a_run_without_stages_is_reported(make_record):
     says(record, "status is running: what follows")
 
 
-def test_more_than_three_runs_are_decided_together_in_short():
+def study():
     free = [Parent(name="pretraining", gpu_seconds=0.0)]
-    bridge, *others = (
+    return [
         run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 2.9), hours=250.0, parents=free),
         run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0)),
         run("q_fa_import", "fa_import", dict.fromkeys(IDS, 2.8)),
         run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 3.02), share=0.5, hours=52.0, run_id="half", parents=free),
-    )
-    text = console([bridge, *others])
+    ]
+
+
+def test_more_than_three_runs_are_decided_together_in_short():
+    text = console(study())
     assert "What q_p1_bridge" not in text
     assert "The run finished" not in text
     for part in (
-        "Stages (losses in nats per token)",
         "qwen2: not yet",
-        "q_p1_bridge: measured, not proved",
-        "2.9000 nats per token after 125.8M tokens, against 3.0000 of the baseline (q_ttt_scratch)",
-        "difference −0.1000 [−0.1000, −0.1000] (95% interval over 32 blocks of 32 documents, 1 seed). GPU-hours as a multiple",
-        "of the baseline's: 2.50 run alone, 2.50 with parents.",
-        "Against full attention: imported (q_fa_import) +0.1000 [+0.1000, +0.1000] (flagged); from scratch, no run.",
+        "Δ with 95% interval over 32 blocks of 32 documents, 1 seed",
         "What would change it: First of all this has to change: no run at 0.35",
+        "† may not be used as evidence",
     ):
         assert part in text, part
-    (half,) = (line for line in text.splitlines() if line.startswith("q_p1_bridge at 0.5"))
-    assert half.split()[3:7] == ["0.520", "0.520", "3.0200", "+0.0200"]
-    assert "What q_p1_bridge/s0 shows" in console([bridge, *others[:2]])
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for row in (
+        "q_ttt_scratch baseline 3.0000 1.00 1.00 – – +0.2000 † [+0.2000, +0.2000]",
+        "q_p1_bridge measured, not proved 2.9000 2.50 2.50 −0.1000 [−0.1000, −0.1000] – +0.1000 † [+0.1000, +0.1000]",
+        "q_p1_bridge at 0.5 measured, not proved 3.0200 0.520 0.520 +0.0200 [+0.0200, +0.0200] – +0.2200 † [+0.2200, +0.2200]",
+    ):
+        assert row in lines
+    assert "What q_p1_bridge/s0 shows" in console(study()[:3])
+
+
+def test_the_summary_of_the_demo_fits_one_screen(make_record):
+    external, bridge = make_record(run_id="external"), make_record()
+    external.stages = external.stages[:1]
+    bridge.stages.insert(1, dataclasses.replace(bridge.stages[1], name="B2"))
+    assert len(console([external, bridge]).splitlines()) <= 40
+
+
+def test_a_table_is_as_wide_as_the_terminal_and_else_as_its_cells(make_record, monkeypatch):
+    table = run_tables([make_record()])[0]
+    assert len(table.text().splitlines()) == 3 + len(table.rows)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, table.text().splitlines())) <= 80
 
 
 def test_many_runs_without_a_role_decide_nothing(make_record):
@@ -153,7 +169,7 @@ def test_many_runs_without_a_role_decide_nothing(make_record):
 def test_a_table_has_the_same_cells_as_markdown(make_record):
     record = make_record()
     record.stages[1].transition.kind = "a | b"
-    for table in tables([record]):
+    for table in (*run_tables([record]), transitions([record])):
         lines = table.markdown().splitlines()[2:]
         cells = [[cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")] for line in lines]
         assert [[cell.replace("\0", "|") for cell in row] for row in cells[2:]] == [list(row) for row in table.rows]
@@ -218,24 +234,20 @@ def test_a_broken_record_that_was_named_too_or_is_all_there_is_ends_the_report(t
 
 def test_a_run_that_is_not_finished_is_marked_in_every_table(make_record):
     record = make_record()
-    assert "[" not in "".join(row[0] for table in tables([record]) for row in table.rows)
+    assert "[" not in "".join(row[0] for table in run_tables([record]) for row in table.rows)
     record.status, record.reason = "failed", "out of memory"
-    names = [row[0] for table in tables([record]) for row in table.rows]
+    names = [row[0] for table in run_tables([record]) for row in table.rows]
     assert names
     assert set(names) == {"q_p1_bridge/demo-1 [failed]"}
 
 
 def test_reasons_are_printed_once_or_the_file_that_has_them_is_named(monkeypatch):
     records = [run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0))]
-    records += [run(name, "bridge", dict.fromkeys(IDS, 2.9)) for name in ("one", "two")]
-    (family,) = read_study(records).families.values()
-    judged = judge_candidates(family, resamples=50)
-    (text,) = reason_lines(family, judged)
-    assert text.count("  - wall-clock saving: there are no wall-clock-matched runs") == 1
-    monkeypatch.setattr("ttt_lit.report.decision.MAX_REASONS", 1)
-    (text,) = reason_lines(family, judged)
-    assert "6 different reasons, all of them in report.md" in text
-    assert "\n" not in text
+    records += [run(name, "bridge", dict.fromkeys(IDS, 2.9)) for name in ("one", "two", "three")]
+    lines = [line for line in console(records).splitlines() if line.startswith("wall-clock saving")]
+    assert ["there are no wall-clock-matched runs" in line for line in lines].count(True) == 1
+    monkeypatch.setattr("ttt_lit.report.console.MAX_REASONS", 1)
+    assert "6 different ones, all of them in report.md" in console(records)
 
 
 def test_no_run_is_an_error():

@@ -203,14 +203,10 @@ def plan_stages(stages: Stages, size: SizeConfig, budget: Budget, *, devices: in
     budgets = split_budget(
         budget, tokens_per_step=size.tokens_per_step, shares={n: s.share for n, s in enabled.items()}
     )
-    return tuple(
-        _plan_stage(name, config, size, budgets[name], devices) for name, config in enabled.items()
-    )
+    return tuple(_plan_stage(name, config, size, budgets[name], devices) for name, config in enabled.items())
 
 
-def _plan_stage(
-    name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int
-) -> StagePlan:
+def _plan_stage(name: str, config: StageConfig, size: SizeConfig, budget: StageBudget, devices: int) -> StagePlan:
     context = size.context(config.context)
     if config.mode in ("meta", "first_order"):
         if context % size.chunk:
