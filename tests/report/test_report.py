@@ -243,7 +243,8 @@ def test_a_run_that_is_not_finished_is_marked_in_every_table(make_record):
 
 def test_reasons_are_printed_once_or_the_file_that_has_them_is_named(monkeypatch):
     records = [run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0))]
-    records += [run(name, "bridge", dict.fromkeys(IDS, 2.9)) for name in ("one", "two", "three")]
+    records += [run(name, "bridge", dict.fromkeys(IDS, 2.9)) for name in ("one", "two")]
+    records.append(run("q_fa_import", "fa_import", dict.fromkeys(IDS, 2.9)))
     lines = [line for line in console(records).splitlines() if line.startswith("wall-clock saving")]
     assert ["there are no wall-clock-matched runs" in line for line in lines].count(True) == 1
     monkeypatch.setattr("ttt_lit.report.console.MAX_REASONS", 1)

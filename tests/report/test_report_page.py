@@ -147,10 +147,10 @@ def test_what_two_candidates_share_is_said_once_and_the_csv_has_it_all(records, 
 
 def test_the_first_screen_is_the_verdict_the_numbers_and_the_frontier(data, page):
     card = next(each for each in page.iter("section") if "qwen2" in "".join(each.itertext()))
-    assert [each.tag for each in card] == ["div", "figure"]
+    assert [each.tag for each in card.iter() if each.tag in ("table", "dl", "figure")] == ["table", "dl", "figure"]
     assert [each.tag for each in card[0]][:2] == ["h2", "div"]
     assert "Final loss against GPU-hours, the run alone" in "".join(card[1].itertext())
-    table = data.cards[0].measured
+    table = data.sections[0].tables[0]
     found = {row[0][0]: row[1:] for row in table.rows}
     assert list(found)[:3] == ["q_ttt_scratch", "q_p1_bridge", "q_p1_bridge at 0.35"]
     assert found["q_p1_bridge"][:3] == ("2.5834", "0.600", "0.600")

@@ -68,9 +68,9 @@ def _draw_point(
     interval = comparison.interval if comparison else None
     if interval is None or not interval.bounded:
         return [loss]
-    ends = [loss + end - interval.estimate for end in (interval.low, interval.high)]
-    axes.vlines(hours, *ends, color=look.colour, linewidth=1.4, zorder=3)
-    return [loss, *ends]
+    low, high = (loss + end - interval.estimate for end in (interval.low, interval.high))
+    axes.vlines(hours, low, high, color=look.colour, linewidth=1.4, zorder=3)
+    return [loss, low, high]
 
 
 def _draw_shares(axes: Axes, arms: Mapping[str, Arm], points: Points, look: Mapping[str, Look]) -> None:

@@ -8,7 +8,7 @@ from ttt_lit.record.schema import RunRecord
 from ttt_lit.report import tables
 from ttt_lit.report.runs import stages, transitions, validations
 from ttt_lit.report.table import Table
-from ttt_lit.report.words import NOT_USABLE, family_differences, remarks, verdict
+from ttt_lit.report.words import NOT_USABLE, family_differences, verdict
 from ttt_lit.verdict.findings import findings
 from ttt_lit.verdict.gates import judge_candidates
 from ttt_lit.verdict.study import FamilyStudy, read_study
@@ -50,8 +50,7 @@ def decision(records: Sequence[RunRecord]) -> list[str]:
 def _family(family: FamilyStudy) -> Iterator[str]:
     judged, differences = judge_candidates(family), family_differences(family)
     mark, lines = verdict(family, judged)
-    said = [*remarks(family, judged), *(f"{label}: {sentence}" for label, sentence in lines)]
-    yield "\n".join([f"{family.family}: {mark}", *(f"  {line}" for line in said)])
+    yield "\n".join([f"{family.family}: {mark}", *(f"  {label}: {sentence}" for label, sentence in lines)])
     measured, outcomes = tables.measured(family, judged, differences), tables.gate_outcomes({family.family: judged})
     updates = (tables.readings(family, cells(family)), tables.trained_with(family, effects(family)))
     shown = [table.text() for table in (measured, *updates, outcomes) if table is not None and table.rows]

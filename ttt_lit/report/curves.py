@@ -13,21 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ttt_lit.record.schema import Document, EvaluationPoint, RunRecord
-from ttt_lit.report.drawing import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Look,
-    amount,
-    label,
-    legend_below,
-    limits,
-    looks,
-    one_axes,
-)
+from ttt_lit.report.drawing import PALETTE, Look, amount, label, legend_below, limits, looks, one_axes
 from ttt_lit.verdict.arm import Account, Arm, gpu_hours
 from ttt_lit.verdict.statistics import paired_difference
 from ttt_lit.verdict.study import FamilyStudy
@@ -80,14 +66,14 @@ def _draw(axes: Axes, curve: Curve) -> None:
     """Positions are counted from 1: a logarithmic axis has no zero."""
     look, context = curve.look, curve.buckets[-1][1]
     middles = [(start + 1 + stop) / 2 for start, stop, _ in curve.buckets]
-    face = look.colour if look.dashes == "-" else "white"
     axes.plot(
         middles, [loss for *_, loss in curve.buckets], color=look.colour, linestyle=look.dashes, linewidth=1.7,
-        marker=look.marker, markersize=4, markerfacecolor=face, label=label(curve.name), zorder=3,
+        marker=look.marker, markersize=4, markerfacecolor=look.face, label=label(curve.name), zorder=3,
     )  # fmt: skip
     if curve.intervals:
         tenths = [context * (place + 0.5) / _TENTHS for place in range(_TENTHS)]
-        axes.fill_between(tenths, *zip(*curve.intervals, strict=True), color=look.colour, alpha=0.16, linewidth=0)
+        low, high = zip(*curve.intervals, strict=True)
+        axes.fill_between(tenths, low, high, color=look.colour, alpha=0.16, linewidth=0)
 
 
 def intervals(
@@ -118,7 +104,7 @@ def intervals(
 
 def stages_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, window: int | None) -> Figure:
     """The picture of one run in training: stage → its validations, as the record has them; solid with the inner loop, dashed without."""
-    colours = dict(zip(stages, itertools.cycle((BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)), strict=False))
+    colours = dict(zip(stages, itertools.cycle(PALETTE), strict=False))
     curves = []
     for stage, each in ((stage, each) for stage, measured in stages.items() for each in measured):
         look = Look(colours[stage], dashes="-" if each["inner"] == "on" else (0, (4, 2)))
@@ -130,35 +116,43 @@ def stages_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, window: 
 
 def positions_figure(family: FamilyStudy) -> Figure | str:
     """Bucket means of every token-matched arm's final validation in its headline setting."""
-    curves, look = _positions(family), looks(family.arms)
-    if not curves:
+    buckets, look = _positions(family), looks(family.arms)
+    if not buckets:
         return "no arm has a final validation with losses by position"
-    if sum(map(len, curves.values())) < 2:
-        return "there is a single loss by position, so there is nothing to compare"
-    return position_figure([Curve(name, curves[name], look[name]) for name in curves], "loss (nats per token)")
+    return _compared([Curve(name, buckets[name], look[name]) for name in buckets], "loss")
 
 
 def position_differences_figure(family: FamilyStudy, control: Arm | None) -> Figure | str:
     """The same minus the control's; arms with other buckets than the control's are left out."""
     if control is None:
         return "there is no full-attention control"
-    curves, look = _positions(family), looks(family.arms)
-    reference = curves.pop(control.name, None)
+    buckets, look = _positions(family), looks(family.arms)
+    reference = buckets.pop(control.name, None)
     if reference is None:
         return f"the control {control.name} has no final validation with losses by position"
-    drawn = []
-    for arm in (arm for arm in family.arms if arm.name in curves):
-        pairs = list(zip(curves[arm.name], reference, strict=False))
-        if [b[:2] for b in curves[arm.name]] == [b[:2] for b in reference]:
-            buckets = [(start, stop, loss - other[2]) for (start, stop, loss), other in pairs]
-            drawn.append(Curve(arm.name, buckets, look[arm.name], _paired(arm, control)))
-    if not drawn:
+    edges = [bucket[:2] for bucket in reference]
+    curves = [
+        Curve(
+            arm.name,
+            [(*edge, a - b) for edge, (*_, a), (*_, b) in zip(edges, buckets[arm.name], reference, strict=True)],
+            look[arm.name],
+            _paired(arm, control),
+        )
+        for arm in family.arms
+        if arm.name in buckets and [bucket[:2] for bucket in buckets[arm.name]] == edges
+    ]
+    if not curves:
         return "no other arm has losses in the same position buckets as the control"
-    if sum(len(curve.buckets) for curve in drawn) < 2:
-        return "there is a single difference by position, so there is nothing to compare"
-    figure = position_figure(drawn, f"loss minus {label(control.name)} (nats per token)")
-    figure.axes[0].axhline(0, color="0.35", linewidth=1.0, zorder=1)
+    figure = _compared(curves, f"loss minus {label(control.name)}")
+    if isinstance(figure, Figure):
+        figure.axes[0].axhline(0, color="0.35", linewidth=1.0, zorder=1)
     return figure
+
+
+def _compared(curves: Sequence[Curve], what: str) -> Figure | str:
+    if sum(len(curve.buckets) for curve in curves) < 2:
+        return f"there is a single {what} by position, so there is nothing to compare"
+    return position_figure(curves, f"{what} (nats per token)")
 
 
 def _paired(arm: Arm, control: Arm) -> list[tuple[float, float]]:

@@ -25,6 +25,7 @@ from ttt_lit.verdict.arm import Arm
 # Okabe and Ito's palette: told apart by colour-blind readers too. Its yellow is left out, being too light for a line.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, SKY, ORANGE = "#CC79A7", "#56B4E9", "#E69F00"
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)
 COLOURS: dict[Role | None, str] = {
     "ttt_scratch": VERMILION,
     "fa_scratch": SKY,
@@ -50,6 +51,11 @@ class Look:
     colour: str
     marker: str = "o"
     dashes: Any = "-"
+
+    @property
+    def face(self) -> str:
+        """Of the markers: hollow on a dashed line."""
+        return self.colour if self.dashes == "-" else "white"
 
 
 def looks(arms: Sequence[Arm]) -> dict[str, Look]:
@@ -116,7 +122,7 @@ def legend_below(figure: Figure, shown: Mapping[str, Look], *, lines: bool) -> N
     names = {label(name): look for name, look in shown.items()}
     columns = max(1, min(3, int(WIDTH * 72 / (0.55 * SMALL * max(map(len, names)) + 46))))
     handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.dashes if lines else "none", label=name)
+        Line2D([], [], color=look.colour, marker=look.marker, label=name, **_stroke(look, lines))
         for name, look in names.items()
     ]
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(handles) / columns))
@@ -124,12 +130,8 @@ def legend_below(figure: Figure, shown: Mapping[str, Look], *, lines: bool) -> N
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, **options)
 
 
-def svg_text(figure: Figure, *, salt: str) -> str:
-    """The figure as SVG: text stays text, and ids depend on ``salt`` and not on the time."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None})
-    return buffer.getvalue()
+def _stroke(look: Look, lines: bool) -> dict[str, Any]:
+    return {"linestyle": look.dashes, "markerfacecolor": look.face} if lines else {"linestyle": "none"}
 
 
 def png_bytes(figure: Figure) -> bytes:
@@ -140,10 +142,12 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def save_figure(figure: Figure, stem: Path) -> str:
-    """Write ``stem.png`` and ``stem.svg``, each replaced in one step. Returns the SVG."""
+    """Write ``stem.png`` and ``stem.svg``, each replaced in one step. Returns the SVG, in which text stays text."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not once per file
-    svg = svg_text(figure, salt=stem.name)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": stem.name}):  # ids do not depend on the time
+        figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None})
     write_atomic(stem.with_name(f"{stem.name}.png"), png_bytes(figure))
-    write_atomic(stem.with_name(f"{stem.name}.svg"), svg)
-    return svg
+    write_atomic(stem.with_name(f"{stem.name}.svg"), buffer.getvalue())
+    return buffer.getvalue()

@@ -11,7 +11,7 @@ from ttt_lit.record.schema import RunRecord
 from ttt_lit.report import pictures, runs, tables
 from ttt_lit.report.pictures import Picture
 from ttt_lit.report.table import Mark, Table
-from ttt_lit.report.words import NOT_USABLE, REFERENCES, ROLE_NAMES, family_differences, remarks, verdict
+from ttt_lit.report.words import NOT_USABLE, REFERENCES, ROLE_NAMES, family_differences, verdict
 from ttt_lit.verdict.comparison import Differences
 from ttt_lit.verdict.gates import MAX_DELTA, MAX_LAST_RISE, MAX_SHARE, MIN_SAVING, CandidateGates, flags
 from ttt_lit.verdict.study import FamilyStudy, Study
@@ -41,87 +41,70 @@ class Section:
 
     title: str = ""
     level: int = 3
-    text: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    verdict: Mark | None = None
+    """Of a family, whose picture then stands beside all else."""
+    text: Sequence[str] = ()
+    items: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    lines: Sequence[tuple[str, str]] = ()
+    """Label and sentence."""
+    pictures: Sequence[Picture] = ()
     code: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """One family's answer: what was measured, beside its frontier, and what follows."""
-
-    family: str
-    verdict: Mark
-    measured: Table | None
-    remarks: tuple[str, ...]
-    lines: tuple[tuple[str, str], ...]
-    """Label and sentence."""
-    frontier: Picture
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Page:
+    """Title and question, then the sections."""
+
+    sections: Sequence[Section]
     title: str = TITLE
     question: str = QUESTION
-    cards: tuple[Card, ...]
-    sections: tuple[Section, ...]
 
     @property
     def pictures(self) -> list[Picture]:
-        return [card.frontier for card in self.cards] + [each for part in self.sections for each in part.pictures]
+        return [picture for section in self.sections for picture in section.pictures]
 
     @property
     def tables(self) -> list[Table]:
-        return [card.measured for card in self.cards if card.measured] + [t for s in self.sections for t in s.tables]
+        return [table for section in self.sections for table in section.tables]
 
 
 def build_page(
     study: Study, judged: Mapping[str, Sequence[CandidateGates]], records: Sequence[RunRecord], *, command: str
 ) -> Page:
     """The whole page; ``judged``: the candidates of every family."""
-    differences = {name: family_differences(family) for name, family in study.families.items()}
-    sections = [
-        *(
-            []
-            if study.families
-            else [Section(text=("No run has a role in a comparison, so there is nothing to decide.",))]
-        ),
-        *_gates(study, judged),
-        *(part for name, family in study.families.items() for part in _family(family, differences[name])),
-        problems(study, differences),
-        *([across(study)] if len(study.families) > 1 else []),
-        *(
-            [Section(title="Other runs", level=2, tables=(tables.other_runs(study),))]
-            if study.external or study.others
-            else []
-        ),
-        Section(title="How to read this", level=2, text=reading()),
-        Section(title="Environment", level=2, items=tuple(_environments(records))),
-        Section(title="Made with", level=2, code=command),
-    ]
-    cards = tuple(card(family, judged[name], differences[name]) for name, family in study.families.items())
-    return Page(cards=cards, sections=tuple(sections))
+    families = study.families
+    differences = {name: family_differences(family) for name, family in families.items()}
+    sections = [_answer(family, judged[name], differences[name]) for name, family in families.items()]
+    if not families:
+        sections.append(Section(text=["No run has a role in a comparison, so there is nothing to decide."]))
+    sections += _gates(study, judged)
+    sections += [part for name, family in families.items() for part in _family(family, differences[name])]
+    sections.append(problems(study, differences))
+    if len(families) > 1:
+        sections.append(across(study))
+    if study.external or study.others:
+        sections.append(Section(title="Other runs", level=2, tables=[tables.other_runs(study)]))
+    sections.append(Section(title="How to read this", level=2, text=reading()))
+    sections.append(Section(title="Environment", level=2, items=list(_environments(records))))
+    sections.append(Section(title="Made with", level=2, code=command))
+    return Page(sections)
 
 
-def card(family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]) -> Card:
-    advice, lines = verdict(family, judged)
-    return Card(
-        family=family.family,
-        verdict=advice,
-        measured=tables.measured(family, judged, differences),
-        remarks=tuple(remarks(family, judged)),
-        lines=lines,
-        frontier=pictures.frontier(family, differences, "marginal"),
-    )
+def _answer(family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]) -> Section:
+    """The first screen: the verdict, what was measured, and the frontier."""
+    mark, lines = verdict(family, judged)
+    measured = tables.measured(family, judged, differences)
+    frontier = pictures.frontier(family, differences, "marginal")
+    shown = [measured] if measured else []
+    return Section(title=family.family, level=2, verdict=mark, tables=shown, lines=lines, pictures=[frontier])
 
 
 def _gates(study: Study, judged: Mapping[str, Sequence[CandidateGates]]) -> Iterator[Section]:
     if not any(judged.values()):
-        yield Section(title="Gates", level=2, text=("No bridge and no direct conversion: no gate applies.",))
+        yield Section(title="Gates", level=2, text=["No bridge and no direct conversion: no gate applies."])
         return
-    yield Section(title="Gates", level=2, tables=(tables.gate_outcomes(judged),))
+    yield Section(title="Gates", level=2, tables=[tables.gate_outcomes(judged)])
     for name, found in judged.items():
         if found:
             family = study.families[name]
@@ -131,31 +114,30 @@ def _gates(study: Study, judged: Mapping[str, Sequence[CandidateGates]]) -> Iter
 
 def _family(family: FamilyStudy, differences: Mapping[str, Differences]) -> Iterator[Section]:
     name, four, arms = family.family, cells(family), tables.arms(family, differences)
-    unusable = any(each and each.interval and each.reasons for found in differences.values() for each in found.values())
-    note = (f"{NOT_USABLE} may not be used as evidence; the reasons stand under Flags and problems.",)
-    yield Section(title=f"Family {name}", level=2, tables=(arms,), text=note if unusable else ())
+    note = [f"{NOT_USABLE} may not be used as evidence; the reasons stand under Flags and problems."]
+    yield Section(title=f"Family {name}", level=2, text=note, tables=[arms])
     if four:
         pairs = effects(family)
-        shown = (tables.readings(family, four), *((tables.trained_with(family, pairs),) if pairs else ()))
+        shown = [tables.readings(family, four), *([tables.trained_with(family, pairs)] if pairs else [])]
         yield Section(title=f"{name}: trained with and without inner updates, read with and without", tables=shown)
         compared = [each.gain for each in four] + [each for pair in pairs for each in pair.comparisons]
         flagged = (
             f"{NOT_USABLE} {reason}" for each in compared if each.interval is not None for reason in each.reasons
         )
-        if gaps := tuple(dict.fromkeys([*missing(family, four), *flagged])):
-            yield Section(text=("Missing, or no evidence:",), items=gaps)
+        if gaps := list(dict.fromkeys([*missing(family, four), *flagged])):
+            yield Section(text=["Missing, or no evidence:"], items=gaps)
     if (damage := tables.damage(family)).rows:
-        yield Section(title=f"{name}: damage and gain", text=(_DAMAGE,), tables=(damage,))
+        yield Section(title=f"{name}: damage and gain", text=[_DAMAGE], tables=[damage])
     with_parents = pictures.frontier(family, differences, "with_parents")
-    yield Section(title=f"{name}: quality against compute, parents included", pictures=(with_parents,))
-    yield Section(title=f"{name}: loss while training", pictures=tuple(pictures.training(family)))
-    yield Section(title=f"{name}: loss by token position", pictures=tuple(pictures.positions(family)))
-    yield Section(title=f"{name}: where the time went", pictures=tuple(pictures.time(family)))
+    yield Section(title=f"{name}: quality against compute, parents included", pictures=[with_parents])
+    yield Section(title=f"{name}: loss while training", pictures=pictures.training(family))
+    yield Section(title=f"{name}: loss by token position", pictures=pictures.positions(family))
+    yield Section(title=f"{name}: where the time went", pictures=pictures.time(family))
     if (target := tables.to_target(family)) is not None:
-        yield Section(tables=(target,))
-    yield Section(title=f"{name}: every run", tables=(runs.template(family, differences),))
+        yield Section(tables=[target])
+    yield Section(title=f"{name}: every run", tables=[runs.template(family, differences)])
     if (ablations := tables.ablations(family)).rows:
-        yield Section(title=f"{name}: ablations", tables=(ablations,))
+        yield Section(title=f"{name}: ablations", tables=[ablations])
 
 
 def problems(study: Study, differences: Mapping[str, Mapping[str, Differences]]) -> Section:
@@ -166,9 +148,10 @@ def problems(study: Study, differences: Mapping[str, Mapping[str, Differences]])
     # A family's problem is said with its name; the same without it would be said twice.
     known = {problem.partition(": ")[2] for problem in study.problems}
     found = dict.fromkeys([*study.problems, *_missing(study), *(each for each in reasons if each not in known)])
-    text, open_runs = () if found else ("None.",), tables.unfinished(study)
-    shown = (open_runs,) if open_runs.rows else ()
-    return Section(title="Flags and problems", level=2, text=text, items=tuple(found), tables=shown)
+    unfinished = tables.unfinished(study)
+    shown = [unfinished] if unfinished.rows else []
+    text = [] if found else ["None."]
+    return Section(title="Flags and problems", level=2, text=text, items=list(found), tables=shown)
 
 
 def _missing(study: Study) -> Iterator[str]:
@@ -183,14 +166,14 @@ def _missing(study: Study) -> Iterator[str]:
 
 
 def across(study: Study) -> Section:
-    return Section(title="Across families", level=2, text=(_ACROSS,), tables=(tables.across(study),))
+    return Section(title="Across families", level=2, text=[_ACROSS], tables=[tables.across(study)])
 
 
-def reading() -> tuple[str, ...]:
+def reading() -> list[str]:
     """How to read the page, a paragraph each."""
     text = (TEMPLATES / "reading.txt").read_text(encoding="utf-8")
     limits = {"max_delta": MAX_DELTA, "min_saving": MIN_SAVING, "max_share": MAX_SHARE, "max_last_rise": MAX_LAST_RISE}
-    return tuple(" ".join(part.split()) for part in text.format(**limits, kept=1 - MIN_SAVING).split("\n\n"))
+    return [" ".join(part.split()) for part in text.format(**limits, kept=1 - MIN_SAVING).split("\n\n")]
 
 
 def _environments(records: Sequence[RunRecord]) -> Iterator[str]:

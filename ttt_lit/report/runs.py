@@ -68,8 +68,8 @@ def validations(records: Sequence[RunRecord]) -> Table:
                 by_inner = {each.inner: each for each in stage.validations if each.context == context}
                 off, on = by_inner.get("off"), by_inner.get("on")
                 both = f"{on.nats_per_token - off.nats_per_token:+.3f}" if off and on else NONE
-                nats = (_number(each and each.nats_per_token, 3) for each in (off, on))
-                bits = (_number(each and each.bits_per_byte, 3) for each in (off, on))
+                nats = (_number(each.nats_per_token if each else None, 3) for each in (off, on))
+                bits = (_number(each.bits_per_byte if each else None, 3) for each in (off, on))
                 ends = (_ends(each) for each in (off, on))
                 rows.append((marked(record.name, [record]), stage.name, f"{context:,}", *nats, both, *bits, *ends))
     header = "run, stage, context, TTT off, TTT on, on − off, bits/byte off, bits/byte on, off: first → last, on: first → last"

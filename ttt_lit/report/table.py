@@ -41,6 +41,7 @@ class Folded(tuple[str, ...]):
 
 Cell = str | tuple[str, ...]
 """One line, a mark, or several lines."""
+Rows = tuple[tuple[Cell, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Table:
 
     title: str
     header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: Rows
     wide: bool = False
     """Cells hold sentences: HTML gives them room."""
 

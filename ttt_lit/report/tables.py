@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ttt_lit.record.schema import Damage, RunRecord, Stage
-from ttt_lit.report.table import Cell, Folded, Mark, Table
-from ttt_lit.report.words import (
-    ACCOUNT_WORDS,
-    NOT_PROVED,
-    REFERENCES,
-    ROLE_NAMES,
-    difference,
-    shared_cores,
-    shares,
-    state,
-)
+from ttt_lit.report.table import Cell, Folded, Mark, Rows, Table
+from ttt_lit.report.words import ACCOUNT_WORDS, NOT_PROVED, REFERENCES, ROLE_NAMES, difference, shared_cores
 from ttt_lit.verdict.arm import ACCOUNTS, Arm, gpu_hours
-from ttt_lit.verdict.comparison import Differences, compare, hours_to_target, reached_at_once, target_loss
+from ttt_lit.verdict.comparison import Differences, compare, hours_ratio, hours_to_target, reached_at_once, target_loss
 from ttt_lit.verdict.formats import NONE, billions, change, count, counted, hours, loss
 from ttt_lit.verdict.gate import Gate
 from ttt_lit.verdict.gates import CandidateGates
@@ -41,17 +32,17 @@ def measured(
     arms: dict[str, tuple[Arm, str]] = {}
     for each in judged:
         matched = None if each.variant else family.matched(each.experiment, each.variant)
-        arms |= {arm.name: (arm, state(arm, each)) for arm in (matched,) if arm}
-        for arm in family.shares(each.experiment, each.variant).values():
-            arms[arm.name] = (arm, NOT_PROVED if each.marginal.outcome == "insufficient" else "")
+        words = NOT_PROVED if each.marginal.outcome == "insufficient" else "measured"
+        for arm in (*([matched] if matched else []), *family.shares(each.experiment, each.variant).values()):
+            arms[arm.name] = (arm, "not measured" if arm.loss is None else words)
     if not arms:
         return None
     every = {family.baseline.name: (family.baseline, "baseline"), **arms} if family.baseline else arms
-    rows = tuple(
+    rows: Rows = tuple(
         (
             (marked(arm.name, arm.records), words),
             loss(arm.loss),
-            *shares(arm, family.baseline),
+            *_shares(arm, family.baseline),
             *(difference(differences[arm.name][role]) for role in REFERENCES),
         )
         for arm, words in every.values()
@@ -69,11 +60,22 @@ def measured(
     )
 
 
+def _shares(arm: Arm, baseline: Arm | None) -> list[str]:
+    """GPU-hours as multiples of the baseline's, one per account.
+
+    Dashes unless both are finished: the hours of a run that is cut off or still running are not what it costs.
+    """
+    if baseline is None or not (arm.finished and baseline.finished):
+        return [NONE] * len(ACCOUNTS)
+    ratios = (hours_ratio(arm, baseline, account) for account in ACCOUNTS)
+    return [NONE if ratio is None else f"{ratio:.3f}" if ratio < 1 else f"{ratio:.2f}" for ratio in ratios]
+
+
 def gate_outcomes(judged: Mapping[str, Sequence[CandidateGates]]) -> Table:
     """One row per candidate, one column per gate and account; ``judged``: by family."""
     found = [(family, each, {_column(g): g for g in each.gates}) for family, of_it in judged.items() for each in of_it]
     columns = list(dict.fromkeys(column for *_, gates in found for column in gates))
-    rows = tuple(
+    rows: Rows = tuple(
         (each.name, family, *(Mark(gates[column].outcome) if column in gates else NONE for column in columns))
         for family, each, gates in found
     )
@@ -118,7 +120,7 @@ def _whose(gate: Gate, *others: Gate) -> str:
 
 def arms(family: FamilyStudy, differences: Mapping[str, Differences]) -> Table:
     """One row per arm, ablations left out: what most readers compare."""
-    rows = tuple(
+    rows: Rows = tuple(
         (
             marked(arm.name, arm.records),
             (ROLE_NAMES.get(arm.role, "none"), counted(len(arm.records), "seed")),
@@ -138,7 +140,7 @@ def arms(family: FamilyStudy, differences: Mapping[str, Differences]) -> Table:
 
 def ablations(family: FamilyStudy) -> Table:
     """Variants against the default of the same experiment."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for arm in (arm for arm in family.arms if arm.variant):
         shared = family.shares(arm.experiment, "")
         default = family.matched(arm.experiment, "") if arm.share is None else shared.get(arm.share)
@@ -152,7 +154,7 @@ def ablations(family: FamilyStudy) -> Table:
 
 def readings(family: FamilyStudy, cells: Sequence[Cells]) -> Table:
     """Arms read with and without inner updates."""
-    rows = tuple(
+    rows: Rows = tuple(
         (marked(each.arm.name, each.arm.records), each.trained, loss(each.off), loss(each.on), difference(each.gain))
         for each in cells
     )
@@ -162,7 +164,7 @@ def readings(family: FamilyStudy, cells: Sequence[Cells]) -> Table:
 
 def trained_with(family: FamilyStudy, effects: Sequence[Effects]) -> Table:
     """Trained with updates − trained without."""
-    rows = tuple((each.arm.name, each.control.name, *map(difference, each.comparisons)) for each in effects)
+    rows: Rows = tuple((each.arm.name, each.control.name, *map(difference, each.comparisons)) for each in effects)
     title = f"Trained with − without updates, {family.family}: same start, attention and tokens (nats per token, 95% interval)"
     header = ("trained with", "trained without", "with both − without both", "read with", "read without", "interaction")
     return Table(title, header, rows)
@@ -201,7 +203,7 @@ def to_target(family: FamilyStudy) -> Table | None:
     target, found = reached(family), target_arms(family)
     if target is None or not found:
         return None
-    rows = tuple((marked(arm.name, arm.records), *hours_to_reach(arm, target)) for arm in found)
+    rows: Rows = tuple((marked(arm.name, arm.records), *hours_to_reach(arm, target)) for arm in found)
     title = f"GPU-hours to {target_words(family)}"
     if any(cell.startswith(UPPER_BOUND) for row in rows for cell in row[1:]):
         title += f". {UPPER_BOUND}: at the target at the first evaluation, so it was reached there or before"
@@ -237,7 +239,7 @@ def hours_to_reach(arm: Arm, target: float) -> tuple[str, ...]:
 
 def across(study: Study) -> Table:
     """Bits per byte of every token-matched arm: the only unit that two tokenizers share, with the bytes measured."""
-    rows = tuple(
+    rows: Rows = tuple(
         (arm.name, family.family, ROLE_NAMES.get(arm.role, "none"), loss(arm.bits_per_byte), final_bytes(arm.records))
         for family in study.families.values()
         for arm in family.arms
@@ -249,7 +251,7 @@ def across(study: Study) -> Table:
 
 def other_runs(study: Study) -> Table:
     """Runs that take no part in the comparison."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for record in (*study.external, *study.others):
         final = record.final()
         spent, measured = hours(gpu_hours(record, "marginal")), loss(final.nats_per_token if final else None)
@@ -261,5 +263,5 @@ def other_runs(study: Study) -> Table:
 def unfinished(study: Study) -> Table:
     """Runs that did not finish."""
     records = [record for family in study.families.values() for arm in family.arms for record in arm.records]
-    rows = tuple((each.name, each.status, each.reason or NONE) for each in records if each.status != "finished")
+    rows: Rows = tuple((each.name, each.status, each.reason or NONE) for each in records if each.status != "finished")
     return Table("Runs that did not finish", ("run", "status", "reason"), rows, wide=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ttt_lit.record.schema import Role, RunRecord
 from ttt_lit.report.table import Mark
-from ttt_lit.verdict.arm import ACCOUNTS, Account, Arm
-from ttt_lit.verdict.comparison import Comparison, Differences, compare_all, hours_ratio
+from ttt_lit.verdict.arm import Account, Arm
+from ttt_lit.verdict.comparison import Comparison, Differences, compare_all
 from ttt_lit.verdict.formats import NONE, interval
 from ttt_lit.verdict.gates import CandidateGates
 from ttt_lit.verdict.own_part import ceiling_sentence
@@ -35,11 +35,12 @@ def family_differences(family: FamilyStudy) -> dict[str, Differences]:
     return {arm.name: compare_all(family, arm) for arm in family.arms}
 
 
-def verdict(family: FamilyStudy, judged: Sequence[CandidateGates]) -> tuple[Mark, tuple[tuple[str, str], ...]]:
-    """The verdict, and what explains it: label and sentence."""
+def verdict(family: FamilyStudy, judged: Sequence[CandidateGates]) -> tuple[Mark, list[tuple[str, str]]]:
+    """The verdict, and what is to be said of it: label and sentence."""
     advice = recommend_scaling(family, judged)
-    ceiling = (("What the gate can tell", ceiling_sentence(family)),) if judged else ()
-    return Mark(advice.verdict), (("Why", advice.why), ("What would change it", advice.would_change), *ceiling)
+    lines = [("Mind", remark) for remark in remarks(family, judged)]
+    lines += [("Why", advice.why), ("What would change it", advice.would_change)]
+    return Mark(advice.verdict), lines + ([("What the gate can tell", ceiling_sentence(family))] if judged else [])
 
 
 def difference(comparison: Comparison | None) -> tuple[str, ...]:
@@ -49,24 +50,6 @@ def difference(comparison: Comparison | None) -> tuple[str, ...]:
     estimate, ends = interval(comparison.interval)
     share = (f"({comparison.of_ceiling})",) if comparison.of_ceiling else ()
     return estimate + (f" {NOT_USABLE}" if comparison.reasons else ""), ends, *share
-
-
-def shares(arm: Arm, baseline: Arm | None) -> list[str]:
-    """GPU-hours as multiples of the baseline's, one per account.
-
-    Dashes unless both are finished: the hours of a run that is cut off or still running are not what it costs.
-    """
-    if baseline is None or not (arm.finished and baseline.finished):
-        return [NONE] * len(ACCOUNTS)
-    ratios = (hours_ratio(arm, baseline, account) for account in ACCOUNTS)
-    return [NONE if ratio is None else f"{ratio:.3f}" if ratio < 1 else f"{ratio:.2f}" for ratio in ratios]
-
-
-def state(arm: Arm, judged: CandidateGates) -> str:
-    """``NOT_PROVED`` where the wall-clock gate of the run alone has insufficient evidence."""
-    if arm.loss is None:
-        return "not measured"
-    return NOT_PROVED if judged.marginal.outcome == "insufficient" else "measured"
 
 
 def shared_cores(records: Iterable[RunRecord]) -> str:
