@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ttt_lit.record.schema import RunRecord
-from ttt_lit.report import pictures, runs, tables
-from ttt_lit.report.pictures import Picture
+from ttt_lit.report import runs, tables
+from ttt_lit.report.pictures import TEMPLATES, Picture, family_pictures
 from ttt_lit.report.table import Mark, Table
 from ttt_lit.report.words import NOT_USABLE, REFERENCES, ROLE_NAMES, family_differences, verdict
 from ttt_lit.verdict.comparison import Differences
@@ -17,7 +16,6 @@ from ttt_lit.verdict.gates import MAX_DELTA, MAX_LAST_RISE, MAX_SHARE, MIN_SAVIN
 from ttt_lit.verdict.study import FamilyStudy, Study
 from ttt_lit.verdict.two_by_two import cells, effects, missing
 
-TEMPLATES = Path(__file__).parent / "templates"
 TITLE = "Does a pretrained start save TTT-E2E training time?"
 QUESTION = (
     f"Does converting a pretrained model reach the long-context loss of TTT-E2E trained from scratch, to {MAX_DELTA:g} nats per token, "
@@ -75,11 +73,12 @@ def build_page(
     """The whole page; ``judged``: the candidates of every family."""
     families = study.families
     differences = {name: family_differences(family) for name, family in families.items()}
-    sections = [_answer(family, judged[name], differences[name]) for name, family in families.items()]
+    drawn = {name: family_pictures(family, differences[name]) for name, family in families.items()}
+    sections = [_answer(family, judged[name], differences[name], drawn[name]) for name, family in families.items()]
     if not families:
         sections.append(Section(text=["No run has a role in a comparison, so there is nothing to decide."]))
     sections += _gates(study, judged)
-    sections += [part for name, family in families.items() for part in _family(family, differences[name])]
+    sections += [part for name, each in families.items() for part in _family(each, differences[name], drawn[name])]
     sections.append(problems(study, differences))
     if len(families) > 1:
         sections.append(across(study))
@@ -91,13 +90,17 @@ def build_page(
     return Page(sections)
 
 
-def _answer(family: FamilyStudy, judged: Sequence[CandidateGates], differences: Mapping[str, Differences]) -> Section:
+def _answer(
+    family: FamilyStudy,
+    judged: Sequence[CandidateGates],
+    differences: Mapping[str, Differences],
+    drawn: Mapping[str, Picture],
+) -> Section:
     """The first screen: the verdict, what was measured, and the frontier."""
     mark, lines = verdict(family, judged)
     measured = tables.measured(family, judged, differences)
-    frontier = pictures.frontier(family, differences, "marginal")
-    shown = [measured] if measured else []
-    return Section(title=family.family, level=2, verdict=mark, tables=shown, lines=lines, pictures=[frontier])
+    shown, frontier = [measured] if measured else [], [drawn["frontier_marginal"]]
+    return Section(title=family.family, level=2, verdict=mark, tables=shown, lines=lines, pictures=frontier)
 
 
 def _gates(study: Study, judged: Mapping[str, Sequence[CandidateGates]]) -> Iterator[Section]:
@@ -112,14 +115,16 @@ def _gates(study: Study, judged: Mapping[str, Sequence[CandidateGates]]) -> Iter
             yield Section(title=f"{name}: what decided each gate", tables=both)
 
 
-def _family(family: FamilyStudy, differences: Mapping[str, Differences]) -> Iterator[Section]:
+def _family(
+    family: FamilyStudy, differences: Mapping[str, Differences], drawn: Mapping[str, Picture]
+) -> Iterator[Section]:
     name, four, arms = family.family, cells(family), tables.arms(family, differences)
     note = [f"{NOT_USABLE} may not be used as evidence; the reasons stand under Flags and problems."]
     yield Section(title=f"Family {name}", level=2, text=note, tables=[arms])
     if four:
         pairs = effects(family)
-        shown = [tables.readings(family, four), *([tables.trained_with(family, pairs)] if pairs else [])]
-        yield Section(title=f"{name}: trained with and without inner updates, read with and without", tables=shown)
+        both = [tables.readings(family, four), *([tables.trained_with(family, pairs)] if pairs else [])]
+        yield Section(title=f"{name}: trained with and without inner updates, read with and without", tables=both)
         compared = [each.gain for each in four] + [each for pair in pairs for each in pair.comparisons]
         flagged = (
             f"{NOT_USABLE} {reason}" for each in compared if each.interval is not None for reason in each.reasons
@@ -128,11 +133,13 @@ def _family(family: FamilyStudy, differences: Mapping[str, Differences]) -> Iter
             yield Section(text=["Missing, or no evidence:"], items=gaps)
     if (damage := tables.damage(family)).rows:
         yield Section(title=f"{name}: damage and gain", text=[_DAMAGE], tables=[damage])
-    with_parents = pictures.frontier(family, differences, "with_parents")
-    yield Section(title=f"{name}: quality against compute, parents included", pictures=[with_parents])
-    yield Section(title=f"{name}: loss while training", pictures=pictures.training(family))
-    yield Section(title=f"{name}: loss by token position", pictures=pictures.positions(family))
-    yield Section(title=f"{name}: where the time went", pictures=pictures.time(family))
+    for title, shown in (
+        ("quality against compute, parents included", ["frontier_with_parents"]),
+        ("loss while training", ["loss_tokens", "loss_gpu_hours"]),
+        ("loss by token position", ["positions", "position_differences"]),
+        ("where the time went", ["timeline", "target", "speed"]),
+    ):
+        yield Section(title=f"{name}: {title}", pictures=[drawn[each] for each in shown])
     if (target := tables.to_target(family)) is not None:
         yield Section(tables=[target])
     yield Section(title=f"{name}: every run", tables=[runs.template(family, differences)])

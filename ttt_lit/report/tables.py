@@ -205,7 +205,7 @@ def to_target(family: FamilyStudy) -> Table | None:
         return None
     rows: Rows = tuple((marked(arm.name, arm.records), *hours_to_reach(arm, target)) for arm in found)
     title = f"GPU-hours to {target_words(family)}"
-    if any(cell.startswith(UPPER_BOUND) for row in rows for cell in row[1:]):
+    if any(UPPER_BOUND in cell for row in rows for cell in row[1:]):
         title += f". {UPPER_BOUND}: at the target at the first evaluation, so it was reached there or before"
     return Table(title, ("arm", *ACCOUNT_WORDS.values()), rows)
 

@@ -13,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ttt_lit.record.codec import write_atomic
 from ttt_lit.record.schema import RunRecord
 from ttt_lit.report.drawing import save_figure
-from ttt_lit.report.page import TEMPLATES, Page, build_page
+from ttt_lit.report.page import Page, build_page
+from ttt_lit.report.pictures import TEMPLATES
 from ttt_lit.report.sheets import differences_csv, gates_csv, runs_csv
 from ttt_lit.report.table import Folded, Mark, plain
 from ttt_lit.verdict.gates import judge_candidates
