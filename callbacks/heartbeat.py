@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from ttt_lit.launch.folder import Progress
+from ttt_lit.record.progress import Progress
 from ttt_lit.train.module import TTTModule
 
 

@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ttt_lit import metrics
 from ttt_lit.metrics import Inner, position_buckets
-from ttt_lit.report.position_loss import Curve, save_position_figure
+from ttt_lit.report.curves import stages_figure
+from ttt_lit.report.drawing import save_figure
 from ttt_lit.train.divergence import stop_unless_finite
 from ttt_lit.train.evaluation import validation
 from ttt_lit.train.module import TTTModule
@@ -57,13 +58,7 @@ class PositionLossLogger(L.Callback):
         trainer.logger.log_metrics(values, step=trainer.global_step)
 
     def _picture(self, run: Path, module: TTTModule) -> None:
-        """One line per stage so far, from the arrays on disk, so that a resumed run shows all of them."""
-        curves = []
-        for plan in module.plans:
-            stage = module.history.stages.get(plan.name)
-            for entry in stage.validations if stage is not None else ():
-                values = np.load(run / f"curves/{plan.name}_{entry.inner}.npy")
-                curves.append(Curve(stage=plan.name, inner=entry.inner, losses=values.tolist()))
-        windows = {plan.window for plan in module.plans if plan.window is not None}
-        window = windows.pop() if len(windows) == 1 else None
-        save_position_figure(curves, run / "position_loss", window=window)
+        """One line per stage so far, so that a resumed run shows all of them."""
+        history, windows = module.history.stages, {plan.window for plan in module.plans if plan.window is not None}
+        measured = {plan.name: history[plan.name].validations for plan in module.plans if plan.name in history}
+        save_figure(stages_figure(measured, window=windows.pop() if len(windows) == 1 else None), run / "position_loss")

@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 STANDARD_LIBRARY_ONLY = (
     *(f"ttt_lit.{name}" for name in ("metrics", "identity", "tokenizer_json", "model.spec", "ttt.flops", "record")),
-    *(f"ttt_lit.report.{name}" for name in ("collect", "console", "decision", "table")),
+    "ttt_lit.report.collect",
     "ttt_lit.launch.folder",
     "ttt_lit.verdict.findings",
     *(f"ttt_lit.train.{name}" for name in ("lock", "budget", "ledger", "schedule", "divergence")),

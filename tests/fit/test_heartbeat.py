@@ -8,7 +8,7 @@ import tiny
 from fitting import run
 
 from callbacks.heartbeat import Heartbeat
-from ttt_lit.launch.folder import Progress
+from ttt_lit.record.progress import Progress
 from ttt_lit.train import run as run_module
 from ttt_lit.train.lock import holder
 from ttt_lit.train.run import assemble, fit

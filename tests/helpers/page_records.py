@@ -1,5 +1,7 @@
 """A run as pages show it: with a curve, evaluations and positions."""
 
+import csv
+import io
 import math
 
 from helpers.records import CONTEXT, point, run, validation
@@ -27,3 +29,9 @@ def arm(experiment, role, loss, *, hours, seed=0, noise=0.0, **fields):
     )
     stage.transition = Transition(kind="window", preserves=True, before=3.1, after=3.1, tolerance=1e-5)
     return record
+
+
+def rows_of(sheet):
+    """The rows of a CSV file's text or bytes, by column."""
+    text = sheet.decode("utf-8") if isinstance(sheet, bytes) else sheet
+    return list(csv.DictReader(io.StringIO(text, newline="")))

@@ -1,8 +1,8 @@
 """What the launcher shows: the row of a run, lines where there is no terminal, the time left."""
 
-from ttt_lit.launch.folder import Progress
 from ttt_lit.launch.loop import Board
 from ttt_lit.launch.table import Lines, row, seconds_left
+from ttt_lit.record.progress import Progress
 
 
 def progress(**changes):

@@ -1,18 +1,18 @@
 """The report says what the records say, the bad news included."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+from helpers.demo_record import SWA
 from helpers.records import run
 
 import cli
 from ttt_lit.record.schema import Parent
 from ttt_lit.report.collect import read_records
-from ttt_lit.report.console import console, tables
-from ttt_lit.report.decision import reason_lines
-from ttt_lit.verdict.gates import judge_candidates
-from ttt_lit.verdict.study import read_study
+from ttt_lit.report.console import console, run_tables
+from ttt_lit.report.runs import transitions
 
 IDS = [f"{index:03}" for index in range(32)]
 
@@ -39,53 +39,41 @@ def test_a_run_that_works(make_record):
     assert not any(alarm in text for alarm in ("HURTS", "NO DIFFERENCE", "NOT", "BROKEN", "VALIDATION TOOK"))
 
 
-def test_an_inner_loop_that_hurts_is_said(make_record):
-    worse = (4.7, 4.0, 3.8, 3.7, 3.7, 3.75)
-    text = says(make_record(on=worse), "THE INNER LOOP HURTS at the end of C", "DOES NOT GROW")
-    assert "helps" not in text
+def below(by):
+    return tuple(loss - by for loss in SWA)
 
 
-def test_an_inner_loop_without_effect_is_said(make_record):
-    same = make_record().stages[0].validations[0]
-    losses = tuple(bucket.nats_per_token - 0.004 for bucket in same.buckets)
-    text = says(make_record(on=losses), "THE INNER LOOP MAKES NO DIFFERENCE at the end of C")
-    assert "helps" not in text
-
-
-def test_an_advantage_that_does_not_grow_is_said(make_record):
-    shifted = tuple(bucket.nats_per_token - 0.3 for bucket in make_record().stages[0].validations[0].buckets)
-    says(make_record(on=shifted), "The inner loop helps", "Its advantage DOES NOT GROW")
+FLAT = "C with the inner loop off, window 256, context 1,024: the loss is flat"
 
 
 @pytest.mark.parametrize(
-    "end, verb", [((3.60, 3.50, 3.45), "it falls by 0.133"), ((3.60, 3.7, 3.75), "it rises by 0.133")]
+    "bend, said, never",
+    [
+        ({"on": (4.7, 4.0, 3.8, 3.7, 3.7, 3.75)}, ("THE INNER LOOP HURTS at the end of C", "DOES NOT GROW"), "helps"),
+        ({"on": below(0.004)}, ("THE INNER LOOP MAKES NO DIFFERENCE at the end of C",), "helps"),
+        ({"on": below(0.3)}, ("The inner loop helps", "Its advantage DOES NOT GROW"), "HURTS"),
+        ({"swa": (*SWA[:4], 3.50, 3.45)}, ("THE LOSS IS NOT FLAT", "it falls by 0.133", FLAT), "rises"),
+        ({"swa": (*SWA[:4], 3.70, 3.75)}, ("THE LOSS IS NOT FLAT", "it rises by 0.133", FLAT), "falls"),
+        ({"windows": (1024, 1024)}, ("does not reach beyond the window",), "NOT FLAT"),
+        ({"windows": (256, None)}, (), "beyond the window"),
+        ({"validation_seconds": 50.0}, ("VALIDATION TOOK 25% of the run's device time (limit 10%)",), "BROKEN"),
+    ],
 )
-def test_a_window_that_is_not_flat_is_said(make_record, end, verb):
-    text = says(make_record(swa=(4.6, 3.9, 3.7, *end)), "B1 with the inner loop off", "THE LOSS IS NOT FLAT", verb)
-    assert "C with the inner loop off, window 256, context 1,024: the loss is flat" in text
-
-
-def test_a_context_within_the_window_shows_nothing_and_dense_layers_claim_nothing(make_record):
-    says(make_record(windows=(1024, 1024)), "does not reach beyond the window")
-    assert "beyond the window" not in console([make_record(windows=(256, None))])
+def test_what_is_not_as_expected_is_said(make_record, bend, said, never):
+    assert never not in says(make_record(**bend), *said)
 
 
 def test_a_broken_promise_is_said(make_record):
-    says(
-        make_record(after=3.6),
-        "PROMISE BROKEN: prime MLPs inserted, into C: loss 3.50000 before, 3.60000 after",
-        "BROKEN",
-    )
+    record = make_record(after=3.6)
+    says(record, "PROMISE BROKEN: prime MLPs inserted, into C: loss 3.50000 before, 3.60000 after")
+    assert [row[-1] for row in transitions([record]).rows] == ["BROKEN"]
 
 
 def test_an_allowed_jump_is_reported_as_one(make_record):
     record = make_record(after=3.6)
     record.stages[1].transition.preserves = False
-    assert "BROKEN" not in says(record, "a jump of +0.100 nats per token", "jump allowed")
-
-
-def test_too_much_validation_is_said(make_record):
-    says(make_record(validation_seconds=50.0), "VALIDATION TOOK 25% of the run's device time (limit 10%)")
+    assert "BROKEN" not in says(record, "a jump of +0.100 nats per token")
+    assert [row[-1] for row in transitions([record]).rows] == ["jump allowed"]
 
 
 def test_an_unfinished_run_says_why_and_still_reports(make_record):
@@ -116,31 +104,49 @@ def test_a_run_without_stages_is_reported(make_record):
     says(record, "status is running: what follows")
 
 
-def test_more_than_three_runs_are_decided_together_in_short():
+def study():
     free = [Parent(name="pretraining", gpu_seconds=0.0)]
-    bridge, *others = (
+    return [
         run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 2.9), hours=250.0, parents=free),
         run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0)),
         run("q_fa_import", "fa_import", dict.fromkeys(IDS, 2.8)),
         run("q_p1_bridge", "bridge", dict.fromkeys(IDS, 3.02), share=0.5, hours=52.0, run_id="half", parents=free),
-    )
-    text = console([bridge, *others])
+    ]
+
+
+def test_more_than_three_runs_are_decided_together_in_short():
+    text = console(study())
     assert "What q_p1_bridge" not in text
     assert "The run finished" not in text
     for part in (
-        "Stages (losses in nats per token)",
         "qwen2: not yet",
-        "q_p1_bridge: measured, not proved",
-        "2.9000 nats per token after 125.8M tokens, against 3.0000 of the baseline (q_ttt_scratch)",
-        "difference −0.1000 [−0.1000, −0.1000] (95% interval over 32 blocks of 32 documents, 1 seed). GPU-hours as a multiple",
-        "of the baseline's: 2.50 run alone, 2.50 with parents.",
-        "Against full attention: imported (q_fa_import) +0.1000 [+0.1000, +0.1000] (flagged); from scratch, no run.",
+        "Δ with 95% interval over 32 blocks of 32 documents, 1 seed",
         "What would change it: First of all this has to change: no run at 0.35",
+        "† may not be used as evidence",
     ):
         assert part in text, part
-    (half,) = (line for line in text.splitlines() if line.startswith("q_p1_bridge at 0.5"))
-    assert half.split()[3:7] == ["0.520", "0.520", "3.0200", "+0.0200"]
-    assert "What q_p1_bridge/s0 shows" in console([bridge, *others[:2]])
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for row in (
+        "q_ttt_scratch baseline 3.0000 1.00 1.00 – – +0.2000 † [+0.2000, +0.2000]",
+        "q_p1_bridge measured, not proved 2.9000 2.50 2.50 −0.1000 [−0.1000, −0.1000] – +0.1000 † [+0.1000, +0.1000]",
+        "q_p1_bridge at 0.5 measured, not proved 3.0200 0.520 0.520 +0.0200 [+0.0200, +0.0200] – +0.2200 † [+0.2200, +0.2200]",
+    ):
+        assert row in lines
+    assert "What q_p1_bridge/s0 shows" in console(study()[:3])
+
+
+def test_the_summary_of_the_demo_fits_one_screen(make_record):
+    external, bridge = make_record(run_id="external"), make_record()
+    external.stages = external.stages[:1]
+    bridge.stages.insert(1, dataclasses.replace(bridge.stages[1], name="B2"))
+    assert len(console([external, bridge]).splitlines()) <= 40
+
+
+def test_a_table_is_as_wide_as_the_terminal_and_else_as_its_cells(make_record, monkeypatch):
+    table = run_tables([make_record()])[0]
+    assert len(table.text().splitlines()) == 3 + len(table.rows)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, table.text().splitlines())) <= 80
 
 
 def test_many_runs_without_a_role_decide_nothing(make_record):
@@ -153,7 +159,7 @@ def test_many_runs_without_a_role_decide_nothing(make_record):
 def test_a_table_has_the_same_cells_as_markdown(make_record):
     record = make_record()
     record.stages[1].transition.kind = "a | b"
-    for table in tables([record]):
+    for table in (*run_tables([record]), transitions([record])):
         lines = table.markdown().splitlines()[2:]
         cells = [[cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")] for line in lines]
         assert [[cell.replace("\0", "|") for cell in row] for row in cells[2:]] == [list(row) for row in table.rows]
@@ -218,9 +224,9 @@ def test_a_broken_record_that_was_named_too_or_is_all_there_is_ends_the_report(t
 
 def test_a_run_that_is_not_finished_is_marked_in_every_table(make_record):
     record = make_record()
-    assert "[" not in "".join(row[0] for table in tables([record]) for row in table.rows)
+    assert "[" not in "".join(row[0] for table in run_tables([record]) for row in table.rows)
     record.status, record.reason = "failed", "out of memory"
-    names = [row[0] for table in tables([record]) for row in table.rows]
+    names = [row[0] for table in run_tables([record]) for row in table.rows]
     assert names
     assert set(names) == {"q_p1_bridge/demo-1 [failed]"}
 
@@ -228,14 +234,11 @@ def test_a_run_that_is_not_finished_is_marked_in_every_table(make_record):
 def test_reasons_are_printed_once_or_the_file_that_has_them_is_named(monkeypatch):
     records = [run("q_ttt_scratch", "ttt_scratch", dict.fromkeys(IDS, 3.0))]
     records += [run(name, "bridge", dict.fromkeys(IDS, 2.9)) for name in ("one", "two")]
-    (family,) = read_study(records).families.values()
-    judged = judge_candidates(family, resamples=50)
-    (text,) = reason_lines(family, judged)
-    assert text.count("  - wall-clock saving: there are no wall-clock-matched runs") == 1
-    monkeypatch.setattr("ttt_lit.report.decision.MAX_REASONS", 1)
-    (text,) = reason_lines(family, judged)
-    assert "6 different reasons, all of them in report.md" in text
-    assert "\n" not in text
+    records.append(run("q_fa_import", "fa_import", dict.fromkeys(IDS, 2.9)))
+    lines = [line for line in console(records).splitlines() if line.startswith("wall-clock saving")]
+    assert ["there are no wall-clock-matched runs" in line for line in lines].count(True) == 1
+    monkeypatch.setattr("ttt_lit.report.console.MAX_REASONS", 1)
+    assert "6 different ones, all of them in report.md" in console(records)
 
 
 def test_no_run_is_an_error():

@@ -1,27 +1,21 @@
 """The page shows every arm and gate, needs nothing but itself, lets no name break out, and copes with what runs leave behind."""
 
-import csv
-import html.parser
-import io
 import math
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
-from helpers.page_records import arm
+from helpers.page_records import arm, rows_of
 
 import cli
 from ttt_lit.record.schema import Model, Parent, Start
-from ttt_lit.report.blocks import Listing, Paragraph
-from ttt_lit.report.build import build_page
-from ttt_lit.report.closing import across, problems, reading
-from ttt_lit.report.differences import family_differences
-from ttt_lit.report.html import html_page
-from ttt_lit.report.runs import run_table
-from ttt_lit.report.write import write_report
-from ttt_lit.verdict.comparison import compare_all
-from ttt_lit.verdict.formats import interval_text
+from ttt_lit.report.page import across, build_page, problems, reading
+from ttt_lit.report.runs import template
+from ttt_lit.report.table import Mark
+from ttt_lit.report.words import family_differences
+from ttt_lit.report.write import html, write_report
 from ttt_lit.verdict.gates import MAX_LAST_RISE, judge_candidates
 from ttt_lit.verdict.study import read_study
 
@@ -41,18 +35,9 @@ def qwen():
             arm("q_p1_bridge", "bridge", 2.57, hours=600, seed=seed, noise=0.01),
             arm("q_p2_direct", "direct", 2.585, hours=620, seed=seed, noise=0.02),
         ]
-        made += [
-            arm(
-                "q_p1_bridge",
-                "bridge",
-                2.66 - share / 8,
-                hours=1000 * share,
-                seed=seed,
-                share=share,
-                run_id=f"w{share}",
-            )
-            for share in (0.35, 0.5, 0.7, 1.0)
-        ]
+        for share in (0.35, 0.5, 0.7, 1.0):
+            fields = {"seed": seed, "share": share, "run_id": f"w{share}"}
+            made.append(arm("q_p1_bridge", "bridge", 2.66 - share / 8, hours=1000 * share, **fields))
     made += [arm(name, "control", 2.7 + 0.004 * n, hours=480 + 5 * n) for n, name in enumerate(CONTROLS)]
     made.append(arm("q_p1_bridge", "bridge", 2.59, hours=590, variant="carry=params", run_id="v"))
     broken = arm(HOSTILE, "control", 2.6, hours=400, run_id="=cmd()", status="diverged", reason="-1 | <b>loss is nan")
@@ -72,9 +57,20 @@ def gemma():
     ]
 
 
+def built(records, judged=None):
+    study = read_study(records)
+    judged = {name: judge_candidates(family) for name, family in study.families.items()} if judged is None else judged
+    return build_page(study, judged, records, command="x")
+
+
 @pytest.fixture(scope="module")
 def records():
     return [*qwen(), *gemma()]
+
+
+@pytest.fixture(scope="module")
+def data(records):
+    return built(records)
 
 
 @pytest.fixture(scope="module")
@@ -85,76 +81,37 @@ def folder(records, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(folder):
+def text(folder):
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-class Reader(html.parser.HTMLParser):
-    """Tags, ids, attributes that point somewhere, and text; closing tags must match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.ids, self.references, self.text = [], [], [], [], []
-        self.rows, self.headings, self.items = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.tags.append((tag, values))
-        self.ids += [values["id"]] if "id" in values else []
-        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
-        if tag == "li":
-            self.items.append("")
-        if tag == "tr":
-            self.rows.append("")
-        if tag not in ("meta",):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-        if "li" in self.open:
-            self.items[-1] += data
-        if "tr" in self.open:
-            self.rows[-1] += f"{data} "
-        if self.open and self.open[-1] in ("h1", "h2", "h3"):
-            self.headings.append((self.open[-1], data))
+@pytest.fixture(scope="module")
+def page(text):
+    """Well-formed: every tag is closed."""
+    return ElementTree.fromstring(text)
 
 
 @pytest.fixture(scope="module")
-def read(page):
-    return Reader(page)
+def rows(page):
+    return [" ".join(row.itertext()) for row in page.iter("tr")]
 
 
-def test_the_page_needs_nothing_but_itself(page, read):
-    assert "http:" not in page
-    assert "https:" not in page
-    assert "@import" not in page
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in read.tags}
-    assert all(reference.startswith("#") for reference in read.references)
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
-
-
-def test_every_id_occurs_once_and_every_reference_has_its_target(page, read):
-    assert len(read.ids) == len(set(read.ids))
-    targets = {reference[1:] for reference in read.references} | set(re.findall(r"url\(#([^)]*)\)", page))
+def test_the_page_needs_nothing_but_itself_and_every_reference_has_its_one_target(text, page):
+    assert not any(word in text for word in ("http:", "https:", "@import"))
+    assert not {"script", "link", "img", "iframe", "object"} & {each.tag for each in page.iter()}
+    ids = [each.get("id") for each in page.iter() if each.get("id")]
+    pointing = [each.get(name) for each in page.iter() for name in ("src", "href", "data") if each.get(name)]
+    targets = {*pointing, *re.findall(r"url\(([^)]*)\)", text)}
+    assert len(ids) == len(set(ids))
     assert targets
-    assert targets <= set(read.ids)
+    assert targets <= {f"#{each}" for each in ids}
 
 
-def test_names_from_records_stay_text(page, read, folder):
-    assert "<script" not in page
-    assert "<b>" not in page
-    assert HOSTILE in "".join(read.text)
-    assert "-1 | <b>loss is nan" in "".join(read.text)
-    assert COMMAND in "".join(read.text)
+def test_names_from_records_stay_text(text, page, folder):
+    assert "<script" not in text
+    assert "<b>" not in text
+    for said in (HOSTILE, "-1 | <b>loss is nan", COMMAND):
+        assert said in "".join(page.itertext())
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     outside_code = markdown[: markdown.index("```")]
     assert "<script" not in outside_code
@@ -162,123 +119,86 @@ def test_names_from_records_stay_text(page, read, folder):
     assert "evil&lt;script&gt;alert(1)&lt;/script&gt;\\|\"'\\[x\\](y)\\`\\$\\\\frac\\$&amp;" in outside_code
 
 
-def test_every_arm_and_every_gate_has_a_row(records, read):
-    study = read_study(records)
-    for family in study.families.values():
+def test_every_arm_run_and_gate_has_a_row(records, rows):
+    for family in read_study(records).families.values():
         for each in family.arms:
-            name = each.variant or each.name
-            assert any(row.startswith(name) or f" {name} " in row for row in read.rows), name
-            for record in each.records:
-                assert any(row.startswith(record.name) for row in read.rows), record.name
-        for gate in gates_of(family):
-            decided = [
-                row for row in read.rows if row.startswith(gate.subject) and gate.name in row and gate.outcome in row
-            ]
-            said = [" ".join([row, *read.items]) for row in decided]
-            assert any(all(reason in text for reason in gate.brief or gate.reasons) for text in said), gate
-            assert any(all(value in text for _, value in gate.numbers) for text in said), gate
+            names = [each.variant or each.name, *(record.name for record in each.records)]
+            assert all(any(name in row for row in rows) for name in names)
+        for gate in (gate for each in judge_candidates(family) for gate in each.gates):
+            mine = [row for row in rows if row.startswith(gate.name) and gate.subject in row]
+            assert all(
+                any(reason in row and gate.outcome in row for row in mine) for reason in gate.brief or gate.reasons
+            )
+            assert all(any(name in row and value in row for row in mine) for name, value in gate.numbers)
 
 
-def gates_of(family):
-    return [gate for each in judge_candidates(family) for gate in each.gates]
-
-
-def test_what_two_candidates_share_is_said_once_and_the_csv_has_it_all(records, read, folder):
-    family = read_study(records).families["qwen2"]
-    bridge, direct, _ = (each.marginal for each in sorted(judge_candidates(family), key=lambda e: (e.variant, e.name)))
+def test_what_two_candidates_share_is_said_once_and_the_csv_has_it_all(records, rows, folder):
+    bridge, direct = (
+        next(each.marginal for each in judge_candidates(read_study(records).families["qwen2"]) if each.name == name)
+        for name in ("q_p1_bridge", "q_p2_direct")
+    )
     shared = [reason for reason in bridge.reasons if reason in direct.reasons]
-    rows = rows_of(folder / "gates.csv")
+    sheet = rows_of((folder / "gates.csv").read_bytes())
     assert shared
     for reason in shared:
-        assert [reason in item for item in read.items].count(True) >= 1
-        assert not any(reason in row for row in read.rows)
-        assert sum(reason in row["reasons"] for row in rows if row["gate"] == "wall-clock saving") == 6
+        assert sum(reason in row for row in rows) == 1
+        assert sum(reason in row["reasons"] for row in sheet if row["gate"] == "wall-clock saving") == 6
 
 
-def test_the_card_says_what_was_measured_before_what_follows(records, read, page):
-    family = read_study(records).families["qwen2"]
-    bridge = family.matched("q_p1_bridge", "")
-    found = compare_all(family, bridge)
-    card = page[page.index("<h2>qwen2: ") : page.index(">What would change it<", page.index("<h2>qwen2: "))]
-    for role in ("ttt_scratch", "fa_import", "fa_scratch"):
-        assert interval_text(found[role].interval) in card, role
-    assert f"{bridge.loss:.4f} nats per token" in card
-    assert f"against {family.baseline.loss:.4f} of the baseline (q_ttt_scratch)" in card
-    assert "multiple of the baseline&#x27;s: 0.600 run alone, 0.600 with parents" in card
-    assert "q_p1_bridge: measured, not proved" in card
-    for share in (0.35, 0.5, 0.7, 1.0):
-        assert f"q_p1_bridge at {share:g}" in card
-    assert card.index("measured, not proved") < card.index(">Why<")
+def test_the_first_screen_is_the_verdict_the_numbers_and_the_frontier(data, page):
+    card = next(each for each in page.iter("section") if "qwen2" in "".join(each.itertext()))
+    assert [each.tag for each in card.iter() if each.tag in ("table", "dl", "figure")] == ["table", "dl", "figure"]
+    assert [each.tag for each in card[0]][:2] == ["h2", "div"]
+    assert "Final loss against GPU-hours, the run alone" in "".join(card[1].itertext())
+    table = data.sections[0].tables[0]
+    found = {row[0][0]: row[1:] for row in table.rows}
+    assert list(found)[:3] == ["q_ttt_scratch", "q_p1_bridge", "q_p1_bridge at 0.35"]
+    assert found["q_p1_bridge"][:3] == ("2.5834", "0.600", "0.600")
+    assert [cell[0] for cell in found["q_p1_bridge"][3:]] == ["−0.0200", "−0.0800", "−0.0100 †"]
+    assert table.rows[1][0][1] == "measured, not proved"
+    assert "12 blocks of 12 documents, 2 seeds" in table.title
 
 
-def test_the_answer_comes_first_and_the_page_can_be_navigated(read):
-    headings = [text for level, text in read.headings if level in ("h1", "h2")]
-    order = [
-        "Does a pretrained start save TTT-E2E training time?",
-        "qwen2: ",  # has a finished baseline and a finished candidate
-        "gemma3: ",
-        "Gates",
-        "Family qwen2",
-        "Family gemma3",
-    ]
-    assert headings[: len(order)] == order
-    assert headings[len(order) :][:3] == ["Flags and problems", "Across families", "Other runs"]
-    scopes = [values.get("scope") for tag, values in read.tags if tag == "th"]
-    assert set(scopes) == {"col", "row"}
-    drawings = [values for tag, values in read.tags if tag == "svg"]
+def test_the_answer_comes_first_and_the_page_can_be_navigated(page):
+    headings = ["".join(each.itertext()).strip() for each in page.iter() if each.tag in ("h1", "h2")]
+    order = ["Does a pretrained start save TTT-E2E training time?", "qwen2: ? not yet", "gemma3: ? not yet", "Gates"]
+    order += ["Family qwen2", "Family gemma3", "Flags and problems", "Across families", "Other runs"]
+    assert [" ".join(heading.split()) for heading in headings][:9] == order
+    assert {each.get("scope") for each in page.iter("th")} == {"col", "row"}
+    assert all(each.get("data-column") for each in page.iter("td"))
+    drawings = list(page.iter("svg"))
     assert drawings
-    assert all(values["role"] == "img" and values["aria-label"] for values in drawings)
-    assert len([tag for tag, _ in read.tags if tag == "figcaption"]) == len(drawings)
+    assert all(each.get("role") == "img" and each.get("aria-label") for each in drawings)
+    assert len(list(page.iter("figcaption"))) == len(drawings)
 
 
-def test_what_went_wrong_is_listed(read):
-    text = "".join(read.text)
-    assert "no bridge and no direct conversion" in text
-    assert "gemma3: no run of role fa_scratch" in text
-    assert "without a partner of the same seed in q_static" in text
-    assert any("diverged" in row and "<b>loss is nan" in row for row in read.rows)
+def test_what_went_wrong_is_listed(page, rows):
+    items = ["".join(each.itertext()) for each in page.iter("li")]
+    for said in ("gemma3: no bridge and no direct conversion", "gemma3: no run of role fa_scratch", "seed in q_static"):
+        assert any(said in item for item in items), said
+    assert any("diverged" in row and "<b>loss is nan" in row for row in rows)
 
 
-def test_markdown_links_the_figures_that_exist(folder):
+def test_markdown_has_the_rows_of_every_table_and_links_the_figures_that_exist(data, folder):
     markdown = (folder / "report.md").read_text(encoding="utf-8")
-    linked = set(re.findall(r"!\[[^\]]*\]\((figures/\w+\.png)\)", markdown))
-    assert linked == {f"figures/{path.name}" for path in (folder / "figures").glob("*.png")}
-    assert {path.stem for path in (folder / "figures").glob("*.png")} == {
-        path.stem for path in (folder / "figures").glob("*.svg")
-    }
-    widths: dict[int, set[int]] = {}
-    for number, block in enumerate(markdown.split("\n\n")):
-        if block.startswith("| "):
-            widths[number] = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
-    assert widths
-    assert all(len(counts) == 1 for counts in widths.values())
-
-
-def rows_of(path):
-    return list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline="")))
-
-
-def test_csv_has_a_row_per_run_and_stage_and_one_per_gate(records, folder):
-    rows = rows_of(folder / "runs.csv")
-    assert len(rows) == sum(len(record.stages) for record in records)
-    mine = next(row for row in rows if row["run"] == "q_ttt_scratch/s1")
-    assert float(mine["loss_inner_on"]) == next(r for r in records if r.name == mine["run"]).final().nats_per_token
-    assert (mine["seed"], mine["stage"], mine["transition_held"], mine["share"]) == ("1", "C", "true", "")
-    gates = [gate for family in read_study(records).families.values() for gate in gates_of(family)]
-    assert [(row["judged"], row["gate"], row["account"], row["outcome"]) for row in rows_of(folder / "gates.csv")] == [
-        (gate.subject, gate.name, gate.account or "", gate.outcome) for gate in gates
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    assert set(re.findall(r"!\[[^\]]*\]\(figures/(\w+)\.png\)", markdown)) == names
+    tables = [block for block in markdown.split("\n\n") if block.startswith("| ")]
+    widths = [{len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()} for block in tables]
+    assert [(len(block.splitlines()) - 2, width) for block, width in zip(tables, widths, strict=True)] == [
+        (len(table.rows), {len(table.header) + 1}) for table in data.tables
     ]
 
 
 def test_families_are_compared_with_the_bytes_that_they_were_measured_on():
     qwen_run, gemma_run = arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), gemma()[0]
     gemma_run.stages[0].validations[0].bytes = 70_964
-    _, words, grid = across(read_study([qwen_run, gemma_run]))
-    assert grid.header[-1] == "held-out bytes"
+    section = across(read_study([qwen_run, gemma_run]))
+    (table,) = section.tables
+    assert table.header[-1] == "held-out bytes"
     expected = {"q_ttt_scratch": f"{qwen_run.final().bytes:,}", "g_ttt_scratch": "70,964"}
-    assert {row[0]: row[-1] for row in grid.rows} == expected
-    assert "of the same text" not in words.text
-    assert "cut by its own tokenizer" in words.text
+    assert {row[0]: row[-1] for row in table.rows} == expected
+    assert "cut by its own tokenizer" in section.text[0]
 
 
 def test_seeds_of_a_difference_are_counted_in_words():
@@ -286,22 +206,21 @@ def test_seeds_of_a_difference_are_counted_in_words():
     for seeds, words in (((0,), "(1 seed)"), ((0, 1), "(2 seeds)"), ((0, 1, 2), "(2 of 3 seeds)")):
         bridge = [arm("q_p1_bridge", "bridge", 2.5, hours=1, seed=seed) for seed in seeds]
         family = read_study([*baseline, *bridge]).families["qwen2"]
-        _, grid = run_table(family, family_differences(family))
-        (line,) = {row[6][0] for row in grid.rows if row[0][0].startswith("q_p1_bridge")}
+        rows = template(family, family_differences(family)).rows
+        (line,) = {row[6][0] for row in rows if row[0][0].startswith("q_p1_bridge")}
         assert line.startswith("Δ baseline: ")
         assert line.endswith(f" {words}")
 
 
 def test_the_page_says_what_stable_convergence_does_with_an_interval_around_zero():
     """It passes, which is not what the other gates do, and the page must not say otherwise."""
-    wave = [3.0 + 0.001 * math.sin(step) for step in range(240)]
     records = [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), arm("q_p1_bridge", "bridge", 2.5, hours=1)]
-    records[1].stages[0].train_losses = wave
+    records[1].stages[0].train_losses = [3.0 + 0.001 * math.sin(step) for step in range(240)]
     (candidate,) = judge_candidates(read_study(records).families["qwen2"], resamples=500)
     convergence = next(gate for gate in candidate.secondary if gate.name == "stable convergence")
     assert convergence.outcome == "pass"
     assert re.search(r"\[−0\.\d+, \+0\.\d+\]", dict(convergence.numbers)["change over the last third of C, seed 0"])
-    (rule,) = (b.text for b in reading(records, "x") if isinstance(b, Paragraph) and b.text.startswith("Insufficient"))
+    (rule,) = (paragraph for paragraph in reading() if paragraph.startswith("Insufficient"))
     assert "The one exception is stable convergence" in rule
     assert f"nowhere above {MAX_LAST_RISE:g}" in rule
 
@@ -317,9 +236,15 @@ def test_the_same_records_in_any_order_give_the_same_bytes(tmp_path):
     write_report(records, tmp_path / "a", command=COMMAND)
     write_report(records[::-1], tmp_path / "b", command=COMMAND)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert {"report.html", "report.md", "runs.csv", "gates.csv", "figures/gemma3_frontier_marginal.png"} <= set(
-        files_of(tmp_path / "a")
-    )
+    names = {
+        "report.html",
+        "report.md",
+        "runs.csv",
+        "gates.csv",
+        "differences.csv",
+        "figures/gemma3_frontier_marginal.png",
+    }
+    assert names <= files_of(tmp_path / "a").keys()
 
 
 def unfinished():
@@ -336,6 +261,10 @@ def without_stages():
     return record
 
 
+def baseline():
+    return arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1)
+
+
 @pytest.mark.parametrize(
     "left, says",
     [
@@ -344,40 +273,19 @@ def without_stages():
         ([unfinished()], "no arm has both a final loss and known GPU-hours"),
         ([without_stages()], "no run has spent compute time on a stage"),
         ([qwen()[-1]], "no arm has both a final loss and known GPU-hours"),
-        ([arm("q_p1_bridge", "bridge", 2.6, hours=1)], "there is no baseline to compare with"),
+        ([arm("q_p1_bridge", "bridge", 2.6, hours=1)], "There is no baseline to compare with"),
         ([arm("q_p1_bridge", "bridge", 2.6, hours=1, share=0.5)], "no run at the baseline's number of tokens"),
-        ([arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1)], "no gate applies"),
-        (
-            [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), unfinished()],
-            "No loss was measured, the run did not finish",
-        ),
-    ],
-    ids=[
-        "nothing",
-        "only external",
-        "unfinished",
-        "no stage",
-        "diverged",
-        "no baseline",
-        "only a budget",
-        "no candidate",
-        "failed",
+        ([baseline()], "no gate applies"),
+        ([baseline(), unfinished()], "no loss was measured, the run did not finish"),
     ],
 )
 def test_missing_data_is_said_in_place_of_a_figure(left, says):
-    study = read_study(left)
-    built = build_page(
-        study, {name: judge_candidates(family) for name, family in study.families.items()}, left, command="x"
-    )
-    absent = {picture.stem: "" for picture in built.pictures}
-    assert all(isinstance(picture.figure, str) or picture.figure.axes for picture in built.pictures)
-    text = "".join(Reader(html_page(built, absent | drawn(built))).text)
+    page = built(left)
+    drawn = {each.stem: "<svg ></svg>" for each in page.pictures if not isinstance(each.figure, str)}
+    assert all(isinstance(each.figure, str) or each.figure.axes for each in page.pictures)
+    text = "".join(ElementTree.fromstring(html(page, drawn)).itertext())
     assert says in text
     assert all(record.name in text for record in left)
-
-
-def drawn(built):
-    return {picture.stem: "<svg ></svg>" for picture in built.pictures if not isinstance(picture.figure, str)}
 
 
 def test_the_command_writes_the_page_and_says_where_without_torch(tmp_path):
@@ -391,26 +299,14 @@ def test_the_command_writes_the_page_and_says_where_without_torch(tmp_path):
     assert cli.COMMANDS["report"].__doc__
 
 
-def test_cells_of_every_table_name_their_column_for_phones(read):
-    cells = [values for tag, values in read.tags if tag == "td"]
-    assert cells
-    assert all(values.get("data-column") for values in cells)
-
-
-def test_on_a_cpu_figures_of_time_say_what_else_is_in_them():
-    for device, said in (("x86_64 cpu", True), ("H200", False)):
-        records = [arm("q_ttt_scratch", "ttt_scratch", 2.6, hours=1), arm("q_p1_bridge", "bridge", 2.5, hours=1)]
-        for record in records:
-            record.environment.device = device
-        built = build_page(read_study(records), {"qwen2": []}, records, command="x")
-        captions = {picture.stem: picture.caption for picture in built.pictures}
-        for stem in ("qwen2_speed", "qwen2_target", "qwen2_loss_gpu_hours"):
-            assert ("Processes on CPU cores" in captions[stem]) == said, stem
-
-
 def test_two_baselines_are_one_too_many_and_not_called_missing():
     study = read_study([arm("one", "ttt_scratch", 2.6, hours=1), arm("two", "ttt_scratch", 2.6, hours=1)])
-    (listing,) = (block for block in problems(study, {}) if isinstance(block, Listing))
-    assert any("2 arms have the role ttt_scratch" in item for item in listing.items)
-    assert not any("no run of role ttt_scratch" in item for item in listing.items)
-    assert any("no run of role fa_import" in item for item in listing.items)
+    items = problems(study, {}).items
+    assert any("2 arms have the role ttt_scratch" in item for item in items)
+    assert not any("no run of role ttt_scratch" in item for item in items)
+    assert any("no run of role fa_import" in item for item in items)
+
+
+def test_outcomes_are_shown_with_a_symbol_too(rows):
+    assert Mark("pass").symbol != Mark("fail").symbol != Mark("insufficient").symbol
+    assert any("? insufficient" in " ".join(row.split()) for row in rows)

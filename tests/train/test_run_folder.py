@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+from typing import get_args
 
 import pytest
 import yaml
 from helpers.demo_record import demo
 
-from ttt_lit.record.status import STATUSES
+from ttt_lit.record.schema import Status
 from ttt_lit.train.lock import RunLock, holder
 from ttt_lit.train.run_folder import begun_config, claimed, differences, has_ended, is_finished
 
@@ -119,7 +120,7 @@ def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("status", get_args(Status))
 def test_every_status_of_a_record_is_known(tmp_path, status):
     write(tmp_path, status)
     if status == "diverged":

@@ -8,9 +8,8 @@ from helpers.records import ceiling, run, validation
 
 from ttt_lit.record.measured import Damage
 from ttt_lit.record.schema import Start
-from ttt_lit.report.blocks import Grid, Listing, Paragraph
-from ttt_lit.report.build import build_page
-from ttt_lit.report.decision import decision
+from ttt_lit.report.console import decision
+from ttt_lit.report.page import build_page
 from ttt_lit.report.sheets import differences_csv
 from ttt_lit.verdict.comparison import flags
 from ttt_lit.verdict.formats import interval_text
@@ -163,23 +162,20 @@ def test_what_updates_do_to_an_unprepared_control_is_no_harm_of_its_training():
 
 
 def page_of(records):
-    return build_page(read_study(records), {"qwen2": []}, records, command="x").blocks
+    return build_page(read_study(records), {"qwen2": []}, records, command="x")
 
 
 def test_the_page_names_the_cells_that_nothing_fills_and_shows_the_share_beside_every_difference():
-    blocks = page_of(qwen(ceiling=[ceiling(0.015, nats=0.02)]))
-    grids = {block.caption: block for block in blocks if isinstance(block, Grid)}
-    four = next(
-        grid for caption, grid in grids.items() if caption.startswith("Final long-context loss of token-matched")
-    )
+    page = page_of(qwen(ceiling=[ceiling(0.015, nats=0.02)]))
+    four = next(table for table in page.tables if table.title.startswith("Inner updates of"))
     assert {row[0]: row[4] for row in four.rows}["q_ttt_at_evaluation"] == (
         "+0.1600", "[+0.1600, +0.1600]", "(+800% of the ceiling)",
     )  # fmt: skip
-    arms = next(grid for caption, grid in grids.items() if caption.startswith("Arms of"))
+    arms = next(table for table in page.tables if table.title.startswith("Arms of"))
     shown = [cell for row in arms.rows for cell in row[7:] if cell != ("–",)]
     assert len(shown) == 10  # five arms to the baseline, five to the imported model
     assert all(cell[2].endswith("% of the ceiling)") for cell in shown)
-    items = [item for block in blocks if isinstance(block, Listing) for item in block.items]
+    items = [item for section in page.sections for item in section.items]
     assert "q_swa_only read with updates: it has no TTT layers" in items
     assert any(item.startswith("q_ttt_scratch trained without updates: no token-matched run") for item in items)
 
@@ -216,7 +212,7 @@ def test_a_difference_is_no_share_of_a_ceiling_that_may_be_0(low, nats, share):
 def test_healing_stands_apart_from_gain():
     """Damage 0.9 → 0.1 beyond the window heals 0.8 and wins nothing; what updates add is 0.04."""
     records = qwen()
-    assert not any(isinstance(b, Paragraph) and b.text.startswith("Damage is") for b in page_of(records))
+    assert not any(text.startswith("Damage is") for section in page_of(records).sections for text in section.text)
 
     def damage(when, inner, inside, beyond):
         return Damage(when=when, context="long", inner=inner, inside=inside, beyond=beyond, nats=0.0)
@@ -225,8 +221,8 @@ def test_healing_stands_apart_from_gain():
         damage("start", "off", 0.01, 0.9), damage("end", "off", -0.02, 0.1), damage("end", "on", -0.025, 0.06),
         Damage(when="end", context="short", inner="off", inside=0.03, beyond=None, nats=0.03),
     ]  # fmt: skip
-    (grid,) = [b for b in page_of(records) if isinstance(b, Grid) and b.caption.startswith("Nats per token: inside")]
-    assert grid.rows == (
+    (damaged,) = [table for table in page_of(records).tables if table.title.startswith("Nats per token: inside")]
+    assert damaged.rows == (
         ("q_p1_bridge/s0", "C", "long", ("inside +0.0100", "beyond +0.9000"), ("inside −0.0200", "beyond +0.1000"),
          ("inside −0.0300", "beyond −0.8000"), ("inside −0.0050", "beyond −0.0400")),
         ("q_p1_bridge/s0", "C", "short", ("inside –", "beyond –"), ("inside +0.0300", "beyond –"),

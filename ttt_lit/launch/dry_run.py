@@ -15,7 +15,7 @@ from ttt_lit.plan.advise import USABLE
 from ttt_lit.plan.config import NotKnown
 from ttt_lit.plan.devices import device_named
 from ttt_lit.plan.plan import DEVICE, PlanOptions, planned
-from ttt_lit.record.status import ENDED
+from ttt_lit.record.schema import ENDED
 from ttt_lit.train.arguments import errors_of
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ttt_lit.record.schema import RECORD_NAME
-from ttt_lit.record.status import ENDED
+from ttt_lit.record.codec import write_atomic
+from ttt_lit.record.schema import ENDED, RECORD_NAME
 
 if TYPE_CHECKING:
     from ttt_lit.launch.matrix import PlannedRun
 
 LOG_NAME = "log.txt"
 BUDGET_NAME = "budget.json"
-PROGRESS_NAME = "progress.json"
 
 SOME_HOURS = 1.0
 """Stands for GPU-hours that are not known yet, where any number serves."""
@@ -41,50 +37,6 @@ def recorded(folder: Path) -> Recorded | None:
     if record is None:
         return None
     return Recorded(str(record.get("status")), record.get("reason"), written(folder / RECORD_NAME))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """The heartbeat of a run, written while it trains: totals over all its stages and ranks."""
-
-    stage: str
-    step: int
-    """Optimiser steps of the run."""
-    tokens: int
-    planned_tokens: int | None
-    """Null where time is the budget."""
-    planned_gpu_seconds: float | None
-    """Null where tokens are the budget."""
-    fraction: float
-    """Share of the whole run's budget that is spent, 0 to 1."""
-    loss: float | None
-    """Training loss of the last optimiser step in nats per token; null before the first, and where it is not finite."""
-    gpu_seconds: float
-    """Compute device-seconds."""
-    devices: int
-    time: str
-    """UTC, ISO 8601."""
-
-    @property
-    def whole_seconds(self) -> float | None:
-        """Wall-clock time of compute from the beginning to the end, if it goes on as so far. None before anything is spent."""
-        return self.gpu_seconds / self.devices / self.fraction if self.fraction and self.gpu_seconds else None
-
-    @property
-    def remaining_seconds(self) -> float | None:
-        return None if self.whole_seconds is None else self.whole_seconds * (1 - self.fraction)
-
-    def write(self, folder: Path) -> None:
-        """Replace the file of a run's folder in one step."""
-        write_json(folder / PROGRESS_NAME, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Progress | None:
-        """None where a run has not written any, or another version wrote it: a heartbeat is shown, nothing is decided from it."""
-        try:
-            return cls(**read_json(Path(folder) / PROGRESS_NAME) or {})
-        except (ValueError, TypeError):
-            return None
 
 
 # A budget that is a share of a baseline's GPU-hours -------------------------------------------------------------------------------
@@ -185,10 +137,7 @@ def written(path: Path) -> float | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(value, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

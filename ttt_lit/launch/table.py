@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ttt_lit.launch.folder import Progress
 from ttt_lit.launch.loop import Board, State, View
 from ttt_lit.launch.matrix import PlannedRun
+from ttt_lit.record.progress import Progress
 
 HEADER = ("run", "state", "stage", "tokens", "loss", "time left")
 _STYLES: dict[State, str] = {

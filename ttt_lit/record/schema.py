@@ -24,7 +24,6 @@ from ttt_lit.record.measured import (
     Transition,
     Validation,
 )
-from ttt_lit.record.status import Status
 
 SCHEMA_VERSION = 2
 RECORD_NAME = "record.json"
@@ -32,6 +31,9 @@ RECORD_NAME = "record.json"
 Mode = Literal["none", "static", "meta", "first_order"]
 Role = Literal["external", "fa_scratch", "fa_import", "bridge", "direct", "ttt_scratch", "control"]
 Headline = Literal["on", "off"]
+Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
+ENDED: tuple[Status, ...] = ("finished", "diverged")
+"""Runs that no start continues: they are complete, or going on would go wrong again."""
 
 
 @dataclass(kw_only=True)

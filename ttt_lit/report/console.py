@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ttt_lit.record.measured import Validation
-from ttt_lit.record.schema import RunRecord, Stage
-from ttt_lit.report.decision import decision
+from ttt_lit.record.schema import RunRecord
+from ttt_lit.report import tables
+from ttt_lit.report.runs import stages, transitions, validations
 from ttt_lit.report.table import Table
-from ttt_lit.verdict.findings import findings, window_of
-from ttt_lit.verdict.unfinished import marked
+from ttt_lit.report.words import NOT_USABLE, family_differences, verdict
+from ttt_lit.verdict.findings import findings
+from ttt_lit.verdict.gates import judge_candidates
+from ttt_lit.verdict.study import FamilyStudy, read_study
+from ttt_lit.verdict.two_by_two import cells, effects
 
 FEW = 3
 """Runs up to which each is described in sentences."""
+MAX_REASONS = 12
+"""Up to which a family's reasons are printed."""
 
 
 def console(records: Sequence[RunRecord], *, unreadable: Sequence[str] = ()) -> str:
@@ -21,7 +26,7 @@ def console(records: Sequence[RunRecord], *, unreadable: Sequence[str] = ()) -> 
     ``unreadable``: sentences on records that could not be read; they come first.
     """
     blocks = ["\n".join(["Problems", *(f"  - {line}" for line in unreadable)])] if unreadable else []
-    blocks += [table.text() for table in tables(records)]
+    blocks += [table.text() for table in run_tables(records)]
     if len(records) > FEW:
         return "\n\n".join([*blocks, *decision(records)])
     for record in records:
@@ -29,108 +34,32 @@ def console(records: Sequence[RunRecord], *, unreadable: Sequence[str] = ()) -> 
     return "\n\n".join(blocks)
 
 
-def tables(records: Sequence[RunRecord]) -> list[Table]:
-    """The tables that have at least one row; runs and stages in the given order, a run that did not finish with its status."""
-    made = [_stages(records), _validations(records), _transitions(records)]
+def run_tables(records: Sequence[RunRecord]) -> list[Table]:
+    """Those that have a row; transitions only of many runs: of few, the sentences have the same."""
+    made = [stages(records), validations(records), *([transitions(records)] if len(records) > FEW else [])]
     return [table for table in made if table.rows]
 
 
-def _stages(records: Sequence[RunRecord]) -> Table:
-    rows = []
-    for record in records:
-        for stage in record.stages:
-            speed = stage.throughput.tokens_per_second if stage.throughput else None
-            seconds = stage.spent.gpu_seconds
-            rows.append(
-                (
-                    marked(record.name, [record]),
-                    stage.name,
-                    stage.mode,
-                    f"{stage.context:,}",
-                    _windows(stage),
-                    _steps(stage),
-                    f"{stage.spent.tokens:,}",
-                    _number(seconds.get("compute"), 1),
-                    _number(seconds.get("validation"), 1),
-                    _number(stage.train_loss_first, 3),
-                    _number(stage.train_loss_last_tenth, 3),
-                    _number(speed, 0),
-                )
-            )
-    header = ("run", "stage", "mode", "context", "window", "steps", "tokens", "GPU-s", "validation GPU-s")
-    return Table(
-        title="Stages (losses in nats per token)",
-        header=(*header, "first loss", "last 10 %", "tokens/s"),
-        rows=tuple(rows),
-    )
+def decision(records: Sequence[RunRecord]) -> list[str]:
+    """Per family the verdict, what was measured, and every gate; a sentence where no run takes part in a comparison."""
+    families = read_study(records).families.values()
+    texts = ["\n\n".join(_family(family)) for family in families]
+    return texts or ["No run has a role in a comparison: nothing is decided."]
 
 
-def _validations(records: Sequence[RunRecord]) -> Table:
-    rows = []
-    for record in records:
-        for stage in record.stages:
-            for context in dict.fromkeys(validation.context for validation in stage.validations):
-                by_inner = {v.inner: v for v in stage.validations if v.context == context}
-                off, on = by_inner.get("off"), by_inner.get("on")
-                rows.append((marked(record.name, [record]), stage.name, f"{context:,}", *_off_and_on(off, on)))
-    header = ("run", "stage", "context", "TTT off", "TTT on", "on − off", "bits/byte off", "bits/byte on")
-    return Table(
-        title="Validation (nats per token; first and last position bucket)",
-        header=(*header, "off: first → last", "on: first → last"),
-        rows=tuple(rows),
-    )
-
-
-def _off_and_on(off: Validation | None, on: Validation | None) -> tuple[str, ...]:
-    difference = f"{on.nats_per_token - off.nats_per_token:+.3f}" if off and on else "–"
-    return (
-        _number(off.nats_per_token if off else None, 3),
-        _number(on.nats_per_token if on else None, 3),
-        difference,
-        _number(off.bits_per_byte if off else None, 3),
-        _number(on.bits_per_byte if on else None, 3),
-        _ends(off),
-        _ends(on),
-    )
-
-
-def _transitions(records: Sequence[RunRecord]) -> Table:
-    rows = []
-    for record in records:
-        for stage in record.stages:
-            proof = stage.transition
-            if proof is None:
-                continue
-            outcome = "jump allowed" if not proof.preserves else "held" if proof.held else "BROKEN"
-            before, after = f"{proof.before:.5f}", f"{proof.after:.5f}"
-            name = marked(record.name, [record])
-            rows.append((name, stage.name, proof.kind, before, after, f"{proof.difference:+.1e}", outcome))
-    return Table(
-        title="Transitions (one fixed batch, float32, nats per token)",
-        header=("run", "into", "conversion", "before", "after", "difference", "equality"),
-        rows=tuple(rows),
-    )
-
-
-def _steps(stage: Stage) -> str:
-    planned = stage.planned.optimizer_steps
-    done = f"{stage.spent.optimizer_steps:,}"
-    return done if planned in (None, stage.spent.optimizer_steps) else f"{done} of {planned:,}"
-
-
-def _windows(stage: Stage) -> str:
-    if all(window is None for window in stage.windows):
-        return "dense"
-    window = window_of(stage)
-    return f"{window:,}" if window is not None and len(set(stage.windows)) == 1 else "mixed"
-
-
-def _ends(validation: Validation | None) -> str:
-    if validation is None or not validation.buckets:
-        return "–"
-    first, last = validation.buckets[0], validation.buckets[-1]
-    return f"{first.nats_per_token:.3f} → {last.nats_per_token:.3f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _family(family: FamilyStudy) -> Iterator[str]:
+    judged, differences = judge_candidates(family), family_differences(family)
+    mark, lines = verdict(family, judged)
+    yield "\n".join([f"{family.family}: {mark}", *(f"  {label}: {sentence}" for label, sentence in lines)])
+    measured, outcomes = tables.measured(family, judged, differences), tables.gate_outcomes({family.family: judged})
+    updates = (tables.readings(family, cells(family)), tables.trained_with(family, effects(family)))
+    shown = [table.text() for table in (measured, *updates, outcomes) if table is not None and table.rows]
+    yield from shown
+    reasons = tables.gate_reasons(family, judged, passed=False)
+    if len(reasons.rows) > MAX_REASONS:
+        where = "report.md and gates.csv, which --output FOLDER writes"
+        yield f"{reasons.title}: {len(reasons.rows)} different ones, all of them in {where}"
+    elif reasons.rows:
+        yield reasons.text()
+    if any(NOT_USABLE in text for text in shown):
+        yield f"{NOT_USABLE} may not be used as evidence; --output FOLDER writes a page with the reasons."

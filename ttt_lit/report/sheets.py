@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ttt_lit.metrics import ACCOUNTS
 from ttt_lit.record.schema import RunRecord, Stage
-from ttt_lit.report.differences import family_differences
 from ttt_lit.report.runs import windows
+from ttt_lit.report.words import family_differences
 from ttt_lit.verdict.arm import ACCOUNTS as GPU_HOUR_ACCOUNTS
 from ttt_lit.verdict.comparison import Comparison, reached_at_once, run_hours_to_target, target_loss
 from ttt_lit.verdict.gates import CandidateGates, Gate

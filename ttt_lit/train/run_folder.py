@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from ttt_lit.record.codec import write_atomic
-from ttt_lit.record.schema import RECORD_NAME, RunRecord
-from ttt_lit.record.status import ENDED
+from ttt_lit.record.schema import ENDED, RECORD_NAME, RunRecord
 from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
 

@@ -4,25 +4,31 @@ import pytest
 from helpers.records import run
 
 from ttt_lit.record.schema import Environment, Parent
+from ttt_lit.report.tables import measured
+from ttt_lit.report.words import remarks
 from ttt_lit.verdict.comparison import compare_all, flags
 from ttt_lit.verdict.formats import NONE, interval_text, nats
 from ttt_lit.verdict.gates import judge_candidates
-from ttt_lit.verdict.measured import budgets, measured
 from ttt_lit.verdict.study import read_study
 
 FREE = [Parent(name="pretraining", gpu_seconds=0.0)]
 MANY = [f"{number:03}" for number in range(32)]
 
 
-def said(records, tell=measured):
+def table(records):
     (family,) = read_study(records).families.values()
     differences = {arm.name: compare_all(family, arm, resamples=100) for arm in family.arms}
-    return tell(family, judge_candidates(family, resamples=100), differences)
+    return measured(family, judge_candidates(family, resamples=100), differences)
 
 
-def sentences(records):
-    (only,) = said(records)
-    return " ".join(only.sentences)
+def row(records, name="q_p1_bridge"):
+    (found,) = (each for each in table(records).rows if each[0][0].partition(" [")[0] == name)
+    return found
+
+
+def said(records):
+    (family,) = read_study(records).families.values()
+    return list(remarks(family, judge_candidates(family, resamples=100)))
 
 
 def baseline(losses=MANY, **fields):
@@ -40,23 +46,26 @@ def bridge(losses=MANY, **fields):
 def test_hours_are_compared_only_where_both_runs_are_finished(status_of_baseline, status_of_bridge, share):
     """A baseline that has run for 10 of its 100 hours would make every budget look ten times as dear."""
     half = bridge(share=0.35, hours=35.0, run_id="t", status=status_of_bridge)
-    (budget,) = said([baseline(status=status_of_baseline), bridge(), half], budgets)
-    assert budget.shares == (share, share)
+    records = [baseline(status=status_of_baseline), bridge(), half]
+    assert row(records, "q_p1_bridge at 0.35")[2:4] == (share, share)
+    unfinished = "GPU-hours of q_p1_bridge are not compared: q_ttt_scratch did not finish."
+    assert (unfinished in said(records)) == (status_of_baseline != "finished")
 
 
 def test_one_document_is_shown_as_a_point_without_an_interval():
-    text = sentences([baseline(["0"]), bridge(["0"]), run("q_fa_import", "fa_import", {"0": 2.8}, parents=FREE)])
-    assert "difference −0.1000 (1 document: no interval). GPU-hours" in text
-    assert "imported (q_fa_import) +0.1000 (1 document: no interval)" in text
-    assert "[" not in text
-    assert "95%" not in text
+    records = [baseline(["0"]), bridge(["0"]), run("q_fa_import", "fa_import", {"0": 2.8}, parents=FREE)]
+    found = row(records)
+    assert found[4] == ("−0.1000", "(1 document: no interval)")
+    assert found[6][1] == "(1 document: no interval)"
+    assert "1 block of 1 document" in table(records).title
 
 
 def test_a_run_of_a_seed_too_many_is_said_beside_the_number_that_it_spoils():
-    text = sentences([baseline(), bridge(), bridge(run_id="again")])
-    assert "(flagged)" in text
-    assert "Flagged, so it is no evidence: q_p1_bridge: 2 runs of seed 0: q_p1_bridge/again, q_p1_bridge/s0" in text
-    assert "Flagged" not in sentences([baseline(), bridge()])
+    twice = [baseline(), bridge(), bridge(run_id="again")]
+    assert row(twice)[4][0].endswith("†")
+    (flagged,) = said(twice)
+    assert flagged.startswith("Flagged, so q_p1_bridge is no evidence: q_p1_bridge: 2 runs of seed 0")
+    assert said([baseline(), bridge()]) == []
 
 
 def test_one_document_decides_nothing():
@@ -84,15 +93,15 @@ def test_the_unit_stands_before_the_words_that_replace_an_interval():
     assert nats(interval) == "−0.1000 nats per token (1 document: no interval)"
 
 
-def test_that_no_difference_can_be_formed_is_said_once():
-    text = sentences([baseline(), bridge(MANY[:4]), run("q_fa_import", "fa_import", dict.fromkeys(MANY, 2.8))])
-    assert "after 125.8M: no difference can be formed. GPU-hours" in text
-    assert "imported (q_fa_import), no difference can be formed;" in text
-    assert "difference no difference" not in text
+def test_a_difference_that_cannot_be_formed_is_a_dash():
+    found = row([baseline(), bridge(MANY[:4]), run("q_fa_import", "fa_import", dict.fromkeys(MANY, 2.8))])
+    assert found[4:] == ((NONE,),) * 3
 
 
-@pytest.mark.parametrize("device, expected", [("x86_64 cpu", True), ("H200", False)])
-def test_hours_of_processes_on_a_cpu_say_what_else_is_in_them(device, expected):
-    both = [each(environment=Environment(device=device)) for each in (baseline, bridge)]
-    assert ("alone, 1.00 with parents (processes on CPU cores: other work" in sentences(both)) == expected
-    assert ("CPU" in sentences(both)) == expected
+def test_hours_of_processes_on_a_cpu_and_of_different_devices_say_so():
+    cpu, gpu = Environment(device="x86_64 cpu"), Environment(device="H200")
+    for environment, expected in ((cpu, True), (gpu, False)):
+        both = [each(environment=environment) for each in (baseline, bridge)]
+        assert ("processes on CPU cores: other work" in table(both).title) == expected
+        assert said(both) == []
+    assert "of different devices: H200, x86_64 cpu" in said([baseline(environment=cpu), bridge(environment=gpu)])[0]
