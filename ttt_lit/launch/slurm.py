@@ -26,12 +26,8 @@ LOG_FOLDER = "slurm"
 _TIMEOUTS = 1000
 _RUNNING = ("RUNNING", "COMPLETING")
 # Lightning would save inside the signal handler and requeue a second time.
-_NO_AUTO_REQUEUE = [
-    {
-        "class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment",
-        "init_args": {"auto_requeue": False},
-    }
-]
+_ENVIRONMENT = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+_NO_AUTO_REQUEUE = [{"class_path": _ENVIRONMENT, "init_args": {"auto_requeue": False}}]
 
 
 class FitJob(Checkpointable):
