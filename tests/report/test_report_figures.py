@@ -95,7 +95,7 @@ def test_lines_of_a_run_in_training_are_its_bucket_means_solid_with_the_inner_lo
 
 
 def test_the_band_is_the_interval_over_documents_whatever_it_hides_nothing():
-    documents = [[Document(**each) for each in entry("on", 2.0, scatter=0.1)["documents"]]]
+    documents = [entry("on", 2.0, scatter=0.1).documents]
     (low, high), *others = intervals(documents)
     assert 3.0 <= low < 3.15 < high <= 3.3
     assert others == [(low, high)] * 9
