@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ttt_lit.families.ttt_e2e import spec_from_case, state_from_reference, state_to_reference, switched_off
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
+from ttt_lit.reference.layout import spec_from_case, state_from_reference, state_to_reference, switched_off
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, set_lr
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.ttt.model import TTTModel
@@ -99,7 +99,7 @@ def read_case(path: str | Path) -> Case:
         config = json.loads(metadata["config"])
         case = Case(path.stem, config, spec_from_case(config), tensors)
         _check_complete(case)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a golden file: {error}") from error
     return case
 
