@@ -24,7 +24,7 @@ from ttt_lit.checkpoint.parity import ParityConfig, ParityReport, check_parity
 from ttt_lit.checkpoint.receipt import LineageStep, Receipt, TensorRecord
 from ttt_lit.checkpoint.source import SourceFolder, find_source, open_source
 from ttt_lit.checkpoint.store import Checkpoint, refuse_existing, save_checkpoint
-from ttt_lit.checkpoint.tensors import DTYPES, SHARD_BYTES, StoredTensor, listed, mismatch, read_headers
+from ttt_lit.checkpoint.tensors import DTYPES, SHARD_BYTES, StoredTensor, listed, mismatch, read_headers, shapes_of
 from ttt_lit.checkpoint.tokenizer_files import describe_tokenizer
 from ttt_lit.families import family_of_config
 from ttt_lit.families.family import Family
@@ -141,7 +141,7 @@ def audit_headers(source: str, *, allow: list[str] | None = None) -> Plan:
     if (head := family.stored_name("lm_head.weight")) not in expected:
         reasons.setdefault(head, TIED_COPY)
     kept = {key: tensor for key, tensor in stored.items() if key in expected or key not in reasons}
-    problems = mismatch(kept, expected)
+    problems = mismatch(shapes_of(kept), expected)
     if quantised := [f"{key} {kept[key].dtype}" for key in expected if key in kept and kept[key].dtype not in DTYPES]:
         problems["quantised"] = quantised
     refused = [f"{key} is part of the model, which cannot do without it" for key in exceptions if key in expected]

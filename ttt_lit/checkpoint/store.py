@@ -36,6 +36,7 @@ from ttt_lit.checkpoint.tensors import (
     check_shapes,
     dtype_name,
     read_headers,
+    shapes_of,
     write_tensors,
 )
 from ttt_lit.checkpoint.tokenizer_files import copy_tokenizer
@@ -76,7 +77,7 @@ class Checkpoint:
             ValueError: names or shapes differ from the spec's; the message lists the keys.
         """
         stored = read_headers(self.path / name for name in self.files if Path(name).match("*.safetensors"))
-        check_shapes(stored, self.spec.parameter_shapes(), where=str(self.path))
+        check_shapes(shapes_of(stored), self.spec.parameter_shapes(), where=str(self.path))
         return {name: stored[name] for name in self.spec.parameter_shapes()}
 
     def state(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -137,7 +138,7 @@ def save_checkpoint(
         ValueError: the folder exists, or state, receipt and spec do not fit each other; keys are listed.
     """
     shapes = spec.parameter_shapes()
-    check_shapes(state, shapes, where="save_checkpoint")
+    check_shapes(shapes_of(state), shapes, where="save_checkpoint")
     receipt = receipt.stored_as({name: dtype_name(value) for name, value in state.items()})
     receipt.check(shapes)
     with new_folder(path) as folder:

@@ -17,6 +17,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+Shapes = Mapping[str, tuple[int, ...]]
 SHARD_BYTES = 5_000_000_000
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -109,18 +110,17 @@ def write_tensors(
     return [*plan.filename_to_tensors, INDEX_FILE]
 
 
-def mismatch(
-    found: Mapping[str, torch.Tensor | StoredTensor], expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[str]]:
+def shapes_of(tensors: Mapping[str, torch.Tensor | StoredTensor]) -> Shapes:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def mismatch(found: Shapes, expected: Shapes) -> dict[str, list[str]]:
     """Names that are missing, extra or misshapen; only kinds that occur."""
     problems = {
         "missing": [name for name in expected if name not in found],
         "extra": [name for name in found if name not in expected],
-        "misshapen": [
-            f"{name} {tuple(found[name].shape)} instead of {shape}"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name].shape) != shape
-        ],
+        "misshapen": [f"{n} {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s],
     }
     return {kind: names for kind, names in problems.items() if names}
 
@@ -130,9 +130,7 @@ def listed(problems: Mapping[str, list[str]]) -> str:
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items())
 
 
-def check_shapes(
-    found: Mapping[str, torch.Tensor | StoredTensor], expected: Mapping[str, tuple[int, ...]], *, where: str
-) -> None:
+def check_shapes(found: Shapes, expected: Shapes, *, where: str) -> None:
     """ValueError that lists every missing, extra and misshapen name."""
     if problems := mismatch(found, expected):
         raise ValueError(f"{where}: the tensors do not fit the model: {listed(problems)}")

@@ -11,20 +11,9 @@ from typing import Any
 
 from transformers import Gemma3TextConfig
 
+from ttt_lit.families import fields
 from ttt_lit.families.family import Family
-from ttt_lit.families.fields import (
-    FULL,
-    SLIDING,
-    activation_name,
-    common_config_fields,
-    common_spec_fields,
-    differing,
-    layer_types,
-    read_activation,
-    read_config,
-    read_layers,
-    read_rope_base,
-)
+from ttt_lit.families.fields import FULL, SLIDING
 from ttt_lit.model.spec import ModelSpec
 
 PATTERN = 6
@@ -52,26 +41,26 @@ def spec_from_config(raw: Mapping[str, Any]) -> ModelSpec:
     pattern = raw.get("sliding_window_pattern", PATTERN)
     if type(pattern) is not int or pattern < 1:
         raise ValueError(f"config.json: sliding_window_pattern is {pattern!r}, expected a whole number from 1")
-    config = read_config(raw, Gemma3TextConfig, NOT_IMPLEMENTED)
+    config = fields.read_config(raw, Gemma3TextConfig, NOT_IMPLEMENTED)
     if raw.get("hidden_act", config.hidden_activation) != config.hidden_activation:
         raise ValueError(f"config.json: hidden_act is {raw['hidden_act']!r}, but hidden_activation is read: remove it")
     if other := sorted(set(config.rope_parameters) - {FULL, SLIDING}):
         raise ValueError(f"config.json: rope_parameters has {other}, expected an object each for {FULL} and {SLIDING}")
     bases = {
-        kind: read_rope_base(config.rope_parameters[kind], name=f"rope_parameters.{kind}", key=key, raw=raw)
+        kind: fields.read_rope_base(config.rope_parameters[kind], name=f"rope_parameters.{kind}", key=key, raw=raw)
         for kind, key in BASE_KEYS.items()
     }
     scalar = config.query_pre_attn_scalar
     if scalar < 1:
         raise ValueError(f"config.json: query_pre_attn_scalar is {scalar}, expected a whole number from 1")
     return ModelSpec(
-        **common_spec_fields(config),
+        **fields.common_spec_fields(config),
         head_dim=config.head_dim,
-        layers=read_layers(config, bases),
+        layers=fields.read_layers(config, bases),
         norm_unit_offset=True,
         post_norms=True,
         qk_norm=True,
-        activation=read_activation(config, "hidden_activation"),
+        activation=fields.read_activation(config, "hidden_activation"),
         # transformers rounds it to the dtype of the embeddings, and so does the decoder.
         embedding_scale=math.sqrt(config.hidden_size),
         score_scale=None if scalar == config.head_dim else scalar**-0.5,
@@ -82,12 +71,12 @@ def _write(spec: ModelSpec, config: dict[str, Any]) -> None:
     """In the published spelling, which every version of transformers reads; layers that follow no pattern need ``layer_types``."""
     for old in ("rope_scaling", "rope_parameters", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"):
         config.pop(old, None)
-    kinds = layer_types(spec)
-    config |= common_config_fields(spec) | {
+    kinds = fields.layer_types(spec)
+    config |= fields.common_config_fields(spec) | {
         "architectures": ["Gemma3ForCausalLM"],
         "head_dim": spec.head_dim,
         "query_pre_attn_scalar": _score_scalar(spec),
-        "hidden_activation": activation_name(spec.activation),
+        "hidden_activation": fields.activation_name(spec.activation),
         **{BASE_KEYS[kind]: layer.rope_base for kind, layer in zip(kinds, spec.layers, strict=True)},
     }
     if SLIDING in kinds:
@@ -110,7 +99,7 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
         "qkv_bias": False,
         "embedding_scale": math.sqrt(spec.hidden_size),
     }
-    problems = differing(spec, fixed)
+    problems = fields.differing(spec, fixed)
     if spec.hidden_size % spec.num_heads:
         problems.append(f"hidden_size {spec.hidden_size}, not a multiple of num_heads {spec.num_heads}")
     if spec.score_scale is not None and _score_scalar(spec) ** -0.5 != spec.score_scale:
@@ -118,7 +107,7 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
     for kind in (FULL, SLIDING):
         groups: dict[tuple[int | None, float], list[int]] = {}
         for i, layer in enumerate(spec.layers):
-            if layer_types(spec)[i] == kind:
+            if fields.layer_types(spec)[i] == kind:
                 groups.setdefault((layer.window, layer.rope_base), []).append(i)
         if len(groups) > 1:
             text = ", ".join(f"layers {at} have window {w} and RoPE base {b:g}" for (w, b), at in groups.items())

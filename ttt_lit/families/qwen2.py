@@ -7,20 +7,9 @@ from typing import Any
 
 from transformers import Qwen2Config
 
+from ttt_lit.families import fields
 from ttt_lit.families.family import Family
-from ttt_lit.families.fields import (
-    FULL,
-    SLIDING,
-    activation_name,
-    common_config_fields,
-    common_spec_fields,
-    differing,
-    layer_types,
-    read_activation,
-    read_config,
-    read_layers,
-    read_rope_base,
-)
+from ttt_lit.families.fields import FULL, SLIDING
 from ttt_lit.model.spec import ModelSpec
 
 
@@ -40,32 +29,32 @@ def spec_from_config(raw: Mapping[str, Any]) -> ModelSpec:
     head_dim = raw.get("head_dim")
     if type(head_dim) not in (int, type(None)):
         raise ValueError(f"config.json: head_dim is {head_dim!r}, expected a whole number or null")
-    config = read_config(raw, Qwen2Config, {"use_mrope": "multimodal rotary embedding"})
+    config = fields.read_config(raw, Qwen2Config, {"use_mrope": "multimodal rotary embedding"})
     hidden, heads = config.hidden_size, config.num_attention_heads
     if head_dim is None and hidden % heads:
         raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    base = read_rope_base(config.rope_parameters, name="rope_parameters", key="rope_theta", raw=raw)
+    base = fields.read_rope_base(config.rope_parameters, name="rope_parameters", key="rope_theta", raw=raw)
     return ModelSpec(
-        **common_spec_fields(config),
+        **fields.common_spec_fields(config),
         head_dim=hidden // heads if head_dim is None else head_dim,
-        layers=read_layers(config, {FULL: base, SLIDING: base}),
+        layers=fields.read_layers(config, {FULL: base, SLIDING: base}),
         qkv_bias=True,
-        activation=read_activation(config, "hidden_act"),
+        activation=fields.read_activation(config, "hidden_act"),
     )
 
 
 def _write(spec: ModelSpec, config: dict[str, Any]) -> None:
     for old in ("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "head_dim"):
         config.pop(old, None)
-    config |= common_config_fields(spec) | {
+    config |= fields.common_config_fields(spec) | {
         "architectures": ["Qwen2ForCausalLM"],
-        "hidden_act": activation_name(spec.activation),
+        "hidden_act": fields.activation_name(spec.activation),
         # Read by every version of transformers; version 5 moves it into rope_parameters by itself.
         "rope_theta": spec.layers[0].rope_base,
     }
     if spec.head_dim * spec.num_heads != spec.hidden_size:
         config["head_dim"] = spec.head_dim
-    kinds = layer_types(spec)
+    kinds = fields.layer_types(spec)
     first = kinds.index(SLIDING) if SLIDING in kinds else len(kinds)
     config |= {"use_sliding_window": SLIDING in kinds, "max_window_layers": first}
     if SLIDING in kinds:
@@ -84,7 +73,7 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
         "embedding_scale": 1.0,
         "score_scale": None,
     }
-    problems = differing(spec, fixed)
+    problems = fields.differing(spec, fixed)
     if len(bases := sorted({layer.rope_base for layer in spec.layers})) > 1:
         problems.append(f"several RoPE bases {bases}")
     if len(windows := sorted({layer.window for layer in spec.layers if layer.window is not None})) > 1:
@@ -95,7 +84,7 @@ def _not_expressible(spec: ModelSpec) -> list[str]:
 def _refused_by_vllm(spec: ModelSpec) -> list[str]:
     """vLLM's Qwen2 (2026) knows one window for all layers. It refuses a config whose layers differ unless max_window_layers
     is their number, and would then run every layer with full attention."""
-    problems, kinds = [], layer_types(spec)
+    problems, kinds = [], fields.layer_types(spec)
     if len(set(kinds)) > 1:
         full = [i for i, kind in enumerate(kinds) if kind == FULL]
         problems.append(f"windows in some layers only (full attention in layers {full})")

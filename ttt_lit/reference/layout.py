@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ttt_lit.checkpoint.tensors import Shapes, check_shapes, shapes_of
 from ttt_lit.model.spec import FastWeights, LayerSpec, ModelSpec, PrimeSpec
 
-Shapes = dict[str, tuple[int, ...]]
 Layout = Literal["same", "transposed", "paired_rows", "paired_vector"]
 
 _MODEL = "language_model.model."
@@ -144,7 +144,7 @@ def state_from_reference(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict
     Raises:
         ValueError: missing, extra or misshapen keys; the message lists them.
     """
-    _check_stored({name: tuple(tensor.shape) for name, tensor in tensors.items()}, spec)
+    _check_stored(shapes_of(tensors), spec)
     state = {}
     for name, source in sources(spec).items():
         stored = tensors[source.key] if source.index is None else tensors[source.key][source.index]
@@ -152,9 +152,7 @@ def state_from_reference(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict
     return state
 
 
-def state_to_reference(
-    spec: ModelSpec, state: Mapping[str, Tensor], like: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
+def state_to_reference(spec: ModelSpec, state: Mapping[str, Tensor], like: Shapes) -> dict[str, Tensor]:
     """The way back. Stored tensors that the case switches off are zero.
 
     Args:
@@ -166,10 +164,7 @@ def state_to_reference(
         ValueError: ``state`` or ``like`` do not fit the spec; the message lists the keys.
     """
     _check_stored(like, spec)
-    expected = spec.parameter_shapes()
-    wrong = sorted(set(expected) ^ set(state)) or sorted(n for n, s in expected.items() if tuple(state[n].shape) != s)
-    if wrong:
-        raise ValueError(f"state_to_reference: missing, extra or misshapen parameters: {', '.join(wrong)}")
+    check_shapes(shapes_of(state), spec.parameter_shapes(), where="state_to_reference")
     first = next(iter(state.values()))
     result = {name: first.new_zeros(shape) for name, shape in like.items()}
     for name, source in sources(spec).items():
@@ -196,22 +191,15 @@ def sources(spec: ModelSpec) -> dict[str, Source]:
     return found
 
 
-def _check_stored(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> None:
-    expected = _stored_shapes(spec)
-    found = {
-        "missing": sorted(set(expected) - set(shapes)),
-        "extra": sorted(set(shapes) - set(expected) - switched_off(spec, shapes)),
-        "misshapen": [f"{n} {shapes[n]} instead of {s}" for n, s in expected.items() if shapes.get(n, s) != s],
-    }
-    if any(found.values()):
-        text = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in found.items() if keys)
-        raise ValueError(f"reference tensors do not fit the case's model: {text}")
+def _check_stored(shapes: Shapes, spec: ModelSpec) -> None:
+    off = switched_off(spec, shapes)
+    check_shapes({n: s for n, s in shapes.items() if n not in off}, _stored_shapes(spec), where="reference tensors")
 
 
 def _stored_shapes(spec: ModelSpec) -> Shapes:
     """Read off the sources: the stored shape of one layer, times the number of layers that share the tensor."""
     ours = spec.parameter_shapes()
-    sizes: Shapes = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
     for name, source in sources(spec).items():
         sizes[source.key] = ours[name][::-1] if source.is_transposed else ours[name]
