@@ -88,6 +88,7 @@ def import_checkpoint(
         f"{spec.num_parameters():,} parameters, {size:.2f} GB; every one is accounted for"
     )
     _check_values(plan, say)
+    say.step(f"hashing {len(folder.files)} files")
     audit = {
         "source": folder.name,
         "family": plan.family.name,
