@@ -89,7 +89,7 @@ def import_checkpoint(
     )
     _check_values(plan, say)
     say.step(f"hashing {len(folder.files)} files")
-    audit = {
+    audit: dict[str, Any] = {
         "source": folder.name,
         "family": plan.family.name,
         "files": [{"name": p.name, "bytes": p.stat().st_size, "sha256": hash_file(p)} for p in folder.files],

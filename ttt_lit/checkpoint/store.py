@@ -76,7 +76,9 @@ class Checkpoint:
         Raises:
             ValueError: names or shapes differ from the spec's; the message lists the keys.
         """
-        stored = read_headers(self.path / name for name in self.files if Path(name).match("*.safetensors"))
+        stored = read_headers(
+            self.path / name for name in self.files if "/" not in name and name.endswith(".safetensors")
+        )
         check_shapes(shapes_of(stored), self.spec.parameter_shapes(), where=str(self.path))
         return {name: stored[name] for name in self.spec.parameter_shapes()}
 

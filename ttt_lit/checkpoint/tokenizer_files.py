@@ -55,7 +55,7 @@ def describe_tokenizer(folder: Path, *, rows: int, eos: Any) -> tuple[dict[str, 
     text, tokens = _read_ids(folder / FAST_FILE) if (folder / FAST_FILE).is_file() else ({}, {})
     if text and max(text) >= rows:
         raise ValueError(
-            f"{folder.name}: tokenizer.json has ids up to {max(text)}, the embedding {rows} rows, and a text can "
+            f"{folder / FAST_FILE}: has ids up to {max(text)}, the embedding {rows} rows, and a text can "
             f"become that token ({text[max(text)]!r}); the tokenizer belongs to another model"
         )
     if tokens and (highest := max(tokens)) >= rows:

@@ -98,7 +98,8 @@ def read_rope_base(rope: Mapping[str, Any], *, name: str, key: str, raw: Mapping
         key: where published configs state the base; it must not say another one.
         raw: the config.json.
     """
-    kinds, base = [rope.get("rope_type"), rope.get("type", "default")], rope.get("rope_theta")
+    kinds = [rope.get("rope_type"), rope.get("type", "default")]
+    base: Any = rope.get("rope_theta")
     if kinds != ["default", "default"]:
         raise ValueError(
             f"config.json: {name} (rope_scaling) asks for rope type {kinds}; only 'default' is implemented"
