@@ -270,7 +270,7 @@ def _check_reference(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cli.py check-reference", description=_check_reference.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="golden .safetensors file")
     files = parser.parse_args(arguments).files
-    from ttt_lit.train.reference import check_reference
+    from ttt_lit.reference.check import check_reference
 
     return check_reference(files)
 

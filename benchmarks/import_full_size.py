@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_lit.checkpoint.importing import audit_headers, import_checkpoint
-from ttt_lit.checkpoint.tensor_files import TensorEntry, write_tensors
+from ttt_lit.checkpoint.tensors import write_tensors
 from ttt_lit.families import family_of_config
 
 SHAPES = Path(__file__).parents[1] / "configs/shapes"
@@ -34,16 +34,14 @@ def write_random(config_file: Path, folder: Path) -> int:
     config = json.loads(config_file.read_text())
     family = family_of_config(config)
     generator = torch.Generator().manual_seed(0)
-
-    def entry(shape: tuple[int, ...]) -> TensorEntry:
-        def read() -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-
-        return TensorEntry(dtype="BF16", shape=shape, read=read)
-
     spec = family.spec_from_config(config)
+    names = family.stored_names(spec)
     folder.mkdir()
-    write_tensors(folder, {k: entry(s) for k, s in family.stored_shapes(spec).items()}, metadata={"format": "pt"})
+    state = {
+        names[name]: torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+        for name, shape in spec.parameter_shapes().items()
+    }
+    write_tensors(folder, state)
     shutil.copyfile(config_file, folder / "config.json")
     return spec.num_parameters()
 

@@ -36,6 +36,7 @@ MAY_IMPORT = {
         *(f"ttt_lit.{name}" for name in ("families", "model", "checkpoint", "identity", "tokenizer_json")),
     ),
     "ttt_lit.convert": ("ttt_lit.checkpoint", "ttt_lit.families", "ttt_lit.model", "ttt_lit.convert"),
+    "ttt_lit.reference": (*(f"ttt_lit.{name}" for name in ("checkpoint", "model", "ttt", "train", "reference")),),
     "ttt_lit.data": ("ttt_lit.data", "ttt_lit.identity", "ttt_lit.tokenizer_json"),
     "ttt_lit.train": (*(f"ttt_lit.{name}" for name in (*BELOW_TRAIN, "train")),),
     "ttt_lit.plan": (

@@ -14,13 +14,12 @@ from ttt_lit.model.decoder import Decoder
 def transformers_model(decoder: Decoder) -> nn.Module:
     """transformers' Qwen2 whose every parameter is the decoder's own, beside frozen biases of zero where the decoder has none."""
     family, spec = family_named("qwen2"), dataclasses.replace(decoder.spec, qkv_bias=True)
-    assert family.config_from_spec is not None
     config = AutoConfig.for_model(**family.config_from_spec(spec, None))
     with decoder.norm.weight.device:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     ours = dict(decoder.named_parameters())
-    sources = family.sources(decoder.spec)
-    state: dict[str, Any] = {sources[name].key: parameter for name, parameter in ours.items()}
+    stored = family.stored_names(decoder.spec)
+    state: dict[str, Any] = {stored[name]: parameter for name, parameter in ours.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     shared = {id(parameter) for parameter in ours.values()}

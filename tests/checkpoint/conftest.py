@@ -1,17 +1,10 @@
 import io
 from pathlib import Path
 
-import gemma3_folders
 import pytest
-import qwen2_folders
 import torch
-from hf_folders import write_folder
+from hf_folders import CONFIGS, random_tensors, write_folder
 from rich.console import Console
-
-FAMILIES = {
-    "qwen2": (qwen2_folders.CONFIG, qwen2_folders.qwen2_tensors),
-    "gemma3": (gemma3_folders.CONFIG, gemma3_folders.gemma3_tensors),
-}
 
 
 @pytest.fixture
@@ -22,9 +15,8 @@ def hf_folder(tmp_path):
         tensors: dict
 
     def make(family="qwen2", *, name="hf", shards=1, dtype=torch.bfloat16, edit=None, **changes):
-        published, tensors_of = FAMILIES[family]
-        config = published | changes
-        tensors = tensors_of(config, dtype)
+        config = CONFIGS[family] | changes
+        tensors = random_tensors(config, dtype)
         if edit is not None:
             edit(tensors)
         folder = Folder(write_folder(tmp_path / name, config, tensors, shards))

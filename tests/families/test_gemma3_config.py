@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ttt_lit.convert.windowed import windowed
 from ttt_lit.families import family_of_config
-from ttt_lit.families.gemma3 import RULES, config_from_spec, spec_from_config
+from ttt_lit.families.gemma3 import FAMILY, spec_from_config
 from ttt_lit.model.spec import LayerSpec, ModelSpec, PrimeSpec
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "configs/shapes/gemma-3-1b-pt.json").read_text())
@@ -50,15 +50,14 @@ def test_both_spellings_mean_the_same():
     assert spec_from_config(as_transformers_5_spells_it()) == spec_from_config(PUBLISHED)
 
 
-def test_defaults_are_those_of_transformers():
-    from transformers import Gemma3TextConfig
-
-    theirs = Gemma3TextConfig()
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    required += ("num_attention_heads", "num_key_value_heads")
-    sizes = {name: getattr(theirs, name) for name in required}
-    told = {k: v for k, v in theirs.to_dict().items() if not k.startswith("_")}
-    assert spec_from_config(sizes) == spec_from_config(told)
+def test_what_a_config_of_sizes_alone_stands_for():
+    """A newer default of transformers would be another model: it shows here."""
+    required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    spec = spec_from_config({name: PUBLISHED[name] for name in [*required, "num_key_value_heads"]})
+    published = spec_from_config(PUBLISHED)
+    wider = tuple(dataclasses.replace(layer, window=layer.window and 4096) for layer in published.layers)
+    assert spec == published.with_layers(wider)
+    assert FAMILY.default_positions == 131_072
 
 
 @pytest.mark.parametrize(
@@ -87,14 +86,15 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"rope_scaling": LINEAR}, "rope_scaling.*'linear'"),
-        ({"rope_scaling": {"rope_theta": 5.0}}, "disagree.*rope_scaling says 5.0.*rope_theta"),
+        ({"rope_scaling": LINEAR}, "full_attention.*'linear'"),
+        ({"rope_scaling": {"rope_theta": 5.0}}, "rope_scaling says 5.0, rope_theta 1000000"),
         ({"rope_parameters": {"full_attention": LINEAR}}, "rope_parameters.full_attention.*'linear'"),
         ({"rope_parameters": {"sliding_attention": {"factor": 2.0}}}, "rope_parameters.sliding_attention.*'factor'"),
-        ({"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, "disagree.*rope_local_base_freq"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, "says 5.0, rope_local_base_freq 10000"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters.*full_attention"),
         ({"rope_parameters": [1e6]}, "rope_parameters"),
         ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_parameters": {"full_attention": 5.0}}, "config.json"),
         ({"rope_local_base_freq": "10000"}, "rope_local_base_freq"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
@@ -104,7 +104,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_activation": "gelu"}, "hidden_activation.*'gelu'"),
         ({"hidden_act": "silu"}, "hidden_act .*hidden_activation"),
-        ({"hidden_size": 1151}, "hidden_size 1151"),
+        ({"hidden_size": 1151}, "hidden size .1151"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3"),
         ({"head_dim": None}, "head_dim"),
@@ -112,7 +112,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
         ({"query_pre_attn_scalar": 256.0}, "query_pre_attn_scalar"),
         ({"sliding_window": None}, "sliding_window"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern"),
-        ({"layer_types": ["full_attention"] * 25}, "layer_types needs 26"),
+        ({"layer_types": ["full_attention"] * 25}, "layer_types"),
         ({"layer_types": ["chunked_attention"] * 26}, "layer_types"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings"),
     ],
@@ -130,15 +130,17 @@ def test_the_multimodal_model_is_another_model_type():
 
 @pytest.mark.parametrize("config", [PUBLISHED, as_transformers_5_spells_it(), changed(query_pre_attn_scalar=168)])
 def test_an_unchanged_model_keeps_every_field_as_it_was(config):
-    assert config_from_spec(spec_from_config(config), config) == config
-    assert "auto_map" not in config_from_spec(spec_from_config(config), config | {"auto_map": {"AutoModel": "evil.py"}})
+    assert FAMILY.config_from_spec(spec_from_config(config), config) == config
+    assert "auto_map" not in FAMILY.config_from_spec(
+        spec_from_config(config), config | {"auto_map": {"AutoModel": "evil.py"}}
+    )
 
 
 @pytest.mark.parametrize("source", [PUBLISHED, as_transformers_5_spells_it()])
 def test_smaller_local_windows_change_one_setting(source):
     spec = spec_from_config(source)
     smaller = spec.with_layers(tuple(dataclasses.replace(layer, window=layer.window and 128) for layer in spec.layers))
-    config = config_from_spec(smaller, source)
+    config = FAMILY.config_from_spec(smaller, source)
     assert {k for k in PUBLISHED if config.get(k) != PUBLISHED[k]} - {"rope_scaling"} == {"sliding_window"}
     assert spec_from_config(config) == smaller
 
@@ -152,15 +154,14 @@ def test_a_windowed_global_layer_keeps_its_base_and_cannot_be_exported(window):
     with pytest.raises(
         ValueError, match=rf"layers \[5, 11, 17, 23\] have window {window} and RoPE base 1e\+06"
     ) as error:
-        config_from_spec(spec, PUBLISHED)
-    assert "another RoPE base" in str(error.value)
+        FAMILY.config_from_spec(spec, PUBLISHED)
     assert "\n" not in str(error.value)
 
 
 def test_windows_everywhere_can_be_exported_where_all_layers_share_a_base():
     one_base = changed(rope_local_base_freq=1e6)
     spec = windowed(spec_from_config(one_base), 512)
-    config = config_from_spec(spec, one_base)
+    config = FAMILY.config_from_spec(spec, one_base)
     assert spec_from_config(config) == spec
     assert {layer.window for layer in spec.layers} == {512}
 
@@ -180,19 +181,22 @@ def test_windows_everywhere_can_be_exported_where_all_layers_share_a_base():
         ({"layers": (LayerSpec(prime=PrimeSpec(intermediate_size=4)),)}, "prime MLPs .layers .0"),
         ({"layers": (LayerSpec(), LayerSpec(fast="mlp"))}, "fast weights .layers .1"),
         ({"layers": (LayerSpec(window=5, sink_tokens=2),)}, "attention sinks .layers .0"),
-        ({"layers": (LayerSpec(window=3), LayerSpec(window=5))}, "another window"),
-        ({"layers": (LayerSpec(rope_base=3.0), LayerSpec(rope_base=5.0))}, "full_attention.*another RoPE base"),
+        ({"layers": (LayerSpec(window=3), LayerSpec(window=5))}, "sliding_attention layers share one window"),
+        (
+            {"layers": (LayerSpec(rope_base=3.0), LayerSpec(rope_base=5.0))},
+            "full_attention layers share one window and one RoPE base",
+        ),
     ],
 )
 def test_what_gemma3_cannot_be_is_refused_by_name(change, message):
     spec = dataclasses.replace(spec_from_config(changed(hidden_size=9, num_attention_heads=3)), num_kv_heads=3)
     with pytest.raises(ValueError, match=message):
-        config_from_spec(dataclasses.replace(spec, **change), None)
+        FAMILY.config_from_spec(dataclasses.replace(spec, **change), None)
 
 
 def test_a_scale_spelt_out_is_the_same_model():
     spec = spec_from_config(PUBLISHED)
-    assert config_from_spec(dataclasses.replace(spec, score_scale=256**-0.5), PUBLISHED) == PUBLISHED
+    assert FAMILY.config_from_spec(dataclasses.replace(spec, score_scale=256**-0.5), PUBLISHED) == PUBLISHED
 
 
 @st.composite
@@ -227,25 +231,13 @@ def specs(draw):
 @settings(deadline=None, max_examples=100)
 @given(specs(), st.sampled_from([None, PUBLISHED, as_transformers_5_spells_it()]))
 def test_spec_to_config_to_spec_is_the_identity(spec, source):
-    config = config_from_spec(spec, source)
+    config = FAMILY.config_from_spec(spec, source)
     assert spec_from_config(json.loads(json.dumps(config))) == spec
 
 
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ("model.embed_tokens.weight", "embed_tokens.weight"),
-        ("model.layers.0.self_attn.k_norm.weight", "layers.0.self_attn.k_norm.weight"),
-        ("model.layers.25.post_attention_layernorm.weight", "layers.25.post_attention_layernorm.weight"),
-        ("model.layers.11.mlp.down_proj.weight", "layers.11.mlp.down_proj.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-    ],
-)
-def test_names_both_ways(theirs, ours):
-    assert RULES.to_ours(theirs) == ours
-    assert RULES.to_theirs(ours) == theirs
-
-
-@pytest.mark.parametrize("key", ["language_model.model.norm.weight", "model.layers.0.pre_prime_layernorm.weight"])
-def test_names_of_other_models_are_unknown(key):
-    assert RULES.to_ours(key) is None
+def test_every_parameter_has_a_name_of_its_own():
+    spec = spec_from_config(changed(tie_word_embeddings=False))
+    stored = FAMILY.stored_names(spec)
+    assert list(stored) == list(spec.parameter_shapes())
+    assert stored.pop("lm_head.weight") == "lm_head.weight"
+    assert stored == {name: f"model.{name}" for name in stored}

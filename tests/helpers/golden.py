@@ -9,7 +9,7 @@ import math
 import torch
 from safetensors.torch import save_file
 
-from ttt_lit.families.ttt_e2e import spec_from_case, state_from_reference
+from ttt_lit.reference.layout import spec_from_case, state_from_reference
 from ttt_lit.ttt.naive import sequence_nll_naive
 
 CONFIG = {

@@ -24,7 +24,7 @@ def save_as(checkpoint, spec, path):
         family=checkpoint.family,
         receipt=checkpoint.receipt,
         lineage=(*checkpoint.lineage, LineageStep(operation="windowed")),
-        source_config=(checkpoint.path / "source/config.json").read_text(),
+        source_config=checkpoint.source_config,
     )
 
 

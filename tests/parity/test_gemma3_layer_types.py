@@ -58,7 +58,7 @@ def test_a_windowed_global_layer_is_not_exported_as_another_model(hf_model, tmp_
     _, folder = hf_model("gemma3")
     checkpoint = imported(folder, tmp_path, quiet)
     narrow = save_as(checkpoint, windowed(checkpoint.spec, WINDOW), tmp_path / "windowed")
-    with pytest.raises(ValueError, match=r"layers \[5\] have window 8 and RoPE base 500 .*another RoPE base"):
+    with pytest.raises(ValueError, match=r"layers \[5\] have window 8 and RoPE base 500 "):
         exported(narrow, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

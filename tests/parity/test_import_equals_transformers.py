@@ -46,7 +46,7 @@ def test_logits_and_every_gradient_equal_transformers(hf_model, tmp_path, quiet,
     theirs, folder = hf_model(family, **changes)
     checkpoint = import_checkpoint(str(folder), str(tmp_path / "ours"), console=quiet)
     assert checkpoint.family == family
-    ours, sources = decoder(checkpoint), FAMILIES[family].sources(checkpoint.spec)
+    ours, stored = decoder(checkpoint), FAMILIES[family].stored_names(checkpoint.spec)
     tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
     their_logits, our_logits = theirs(input_ids=tokens).logits, ours(tokens)
     assert (their_logits - our_logits).abs().max() <= LOGIT_TOLERANCE * their_logits.abs().max()
@@ -54,7 +54,7 @@ def test_logits_and_every_gradient_equal_transformers(hf_model, tmp_path, quiet,
     loss_of(our_logits, tokens).backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        expected = gradients.pop(sources[name].key)
+        expected = gradients.pop(stored[name])
         assert (parameter.grad - expected).norm() <= GRADIENT_TOLERANCE * expected.norm() + ZERO_GRADIENT, name
     assert not gradients
 
@@ -181,12 +181,12 @@ def test_a_wrong_description_of_right_weights_is_found(hf_model, tmp_path, quiet
 def test_an_import_that_fails_parity_leaves_nothing_behind(hf_model, tmp_path, quiet, monkeypatch):
     family = FAMILIES["qwen2"]
 
-    def swapped(spec):
-        sources = family.sources(spec)
-        swap_biases(sources, 1)
-        return sources
+    k, v = (f"layers.1.self_attn.{name}_proj.bias" for name in "kv")
 
-    monkeypatch.setitem(FAMILIES, "qwen2", dataclasses.replace(family, sources=swapped))
+    def swapped(name):
+        return family.stored_name({k: v, v: k}.get(name, name))
+
+    monkeypatch.setitem(FAMILIES, "qwen2", dataclasses.replace(family, stored_name=swapped))
     _, folder = hf_model()
     with pytest.raises(ValueError, match=r"not the one that transformers runs.*layer 1$") as error:
         import_checkpoint(str(folder), str(tmp_path / "ours"), console=quiet)

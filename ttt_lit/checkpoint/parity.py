@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from ttt_lit.checkpoint.announcer import Announcer
 from ttt_lit.model.decoder import Decoder
@@ -106,7 +109,7 @@ def check_parity(
         config: lengths and seed.
         say: told which model is at which layer; None: nobody is.
     """
-    config = config or ParityConfig()
+    config, say = config or ParityConfig(), say or Announcer(Console(quiet=True))
     lengths, not_crossed = parity_lengths(spec, config)
     generator = torch.Generator().manual_seed(config.seed)
     batches = [torch.randint(spec.vocab_size, (1, length), generator=generator) for length in lengths]
@@ -129,12 +132,8 @@ Run = list[tuple[list[Tensor], Tensor]]
 """Per sequence: embeddings and every layer's output, (1, T, D) each; logits (1, T, V)."""
 
 
-def _run_transformers(source: Path, batches: list[Tensor], say: Announcer | None) -> Run:
-    if say is not None:
-        say.step("parity: transformers reads the source in float32")
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
+def _run_transformers(source: Path, batches: list[Tensor], say: Announcer) -> Run:
+    say.step("parity: transformers reads the source in float32")
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -152,24 +151,21 @@ def _run_transformers(source: Path, batches: list[Tensor], say: Announcer | None
     layers = model.get_decoder().layers
     seen: list[Tensor] = []
     # The model's own list of hidden states holds the last layer only after the final norm.
-    handles = [
-        layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(_first(args, kwargs)), with_kwargs=True)
-    ]
-    handles += [layer.register_forward_hook(lambda _, args, out: seen.append(_tensor(out))) for layer in layers]
+    layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
     runs: Run = []
-    try:
-        for tokens in batches:
-            seen.clear()
-            with _watched(layers, "transformers", tokens, say):
-                logits = model(input_ids=tokens, use_cache=False).logits
-            runs.append((list(seen), logits))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for tokens in batches:
+        seen.clear()
+        with _watched(layers, "transformers", tokens, say):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        runs.append((list(seen), logits))
     return runs
 
 
-def _run_ours(spec: ModelSpec, state: Mapping[str, Tensor], batches: list[Tensor], say: Announcer | None) -> Run:
+def _run_ours(spec: ModelSpec, state: Mapping[str, Tensor], batches: list[Tensor], say: Announcer) -> Run:
     with torch.device("meta"):
         model = Decoder(spec)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
@@ -183,15 +179,14 @@ def _run_ours(spec: ModelSpec, state: Mapping[str, Tensor], batches: list[Tensor
 
 
 @contextmanager
-def _watched(layers: Iterable[Any], whose: str, tokens: Tensor, say: Announcer | None) -> Iterator[None]:
+def _watched(layers: Iterable[Any], whose: str, tokens: Tensor, say: Announcer) -> Iterator[None]:
     """Announce one sequence (1, T), and every layer of it that ends after a while."""
     blocks, handles = list(layers), []
-    if say is not None:
-        text = f"parity: {whose}, {tokens.shape[1]:,} tokens"
-        say.step(f"{text}, {len(blocks)} layers")
-        for number, block in enumerate(blocks, start=1):
-            after = f"{text}, layer {number} of {len(blocks)} done"
-            handles.append(block.register_forward_hook(lambda *_, after=after: say.progress(after)))
+    text = f"parity: {whose}, {tokens.shape[1]:,} tokens"
+    say.step(f"{text}, {len(blocks)} layers")
+    for number, block in enumerate(blocks, start=1):
+        after = f"{text}, layer {number} of {len(blocks)} done"
+        handles.append(block.register_forward_hook(lambda *_, after=after: say.progress(after)))
     try:
         yield
     finally:
@@ -200,7 +195,7 @@ def _watched(layers: Iterable[Any], whose: str, tokens: Tensor, say: Announcer |
 
 
 def _compare(
-    theirs: Run, ours: Run, lengths: tuple[int, ...], not_crossed: tuple[int, ...], say: Announcer | None
+    theirs: Run, ours: Run, lengths: tuple[int, ...], not_crossed: tuple[int, ...], say: Announcer
 ) -> ParityReport:
     parts = ["the embeddings", *(f"layer {i}" for i in range(len(ours[0][0]) - 1))]
     errors = dict.fromkeys(parts, 0.0)
@@ -208,8 +203,7 @@ def _compare(
     agree = positions = 0
     divergence = 0.0
     for (their_hidden, their_logits), (our_hidden, our_logits) in zip(theirs, ours, strict=True):
-        if say is not None:
-            say.step(f"parity: comparing the logits of {their_logits.shape[1]:,} tokens")
+        say.step(f"parity: comparing the logits of {their_logits.shape[1]:,} tokens")
         for part, a, b in zip(parts, their_hidden, our_hidden, strict=True):
             errors[part] = _worse(errors[part], ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
         difference = _worse(difference, (their_logits - our_logits).abs().max().item())
@@ -241,11 +235,3 @@ def _summed_kl(theirs: Tensor, ours: Tensor) -> float:
 def _worse(a: float, b: float) -> float:
     """The larger one; NaN beats everything, so that a NaN can never pass."""
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

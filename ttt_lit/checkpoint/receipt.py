@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -48,10 +49,7 @@ class Receipt:
     def all_new(cls, shapes: Mapping[str, tuple[int, ...]], *, dtype: str, note: str) -> Receipt:
         """The receipt of a model made from nothing."""
         return cls(
-            tuple(
-                TensorRecord(name=name, status="new", shape=shape, dtype=dtype, note=note)
-                for name, shape in shapes.items()
-            )
+            tuple(TensorRecord(name=n, status="new", shape=s, dtype=dtype, note=note) for n, s in shapes.items())
         )
 
     def with_new(self, shapes: Mapping[str, tuple[int, ...]], *, dtype: str, note: str) -> Receipt:
@@ -71,11 +69,8 @@ class Receipt:
         """Status -> number of tensors and of parameters; every status has an entry."""
         result = {status: {"tensors": 0, "parameters": 0} for status in get_args(Status)}
         for record in self.records:
-            size = 1
-            for length in record.shape:
-                size *= length
             result[record.status]["tensors"] += 1
-            result[record.status]["parameters"] += size
+            result[record.status]["parameters"] += math.prod(record.shape)
         return result
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -13,16 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_lit.checkpoint.headers import StoredTensor
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
 from ttt_lit.checkpoint.store import MANIFEST
-from ttt_lit.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, stored_tensors
+from ttt_lit.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, read_headers
 from ttt_lit.checkpoint.tokenizer_files import TOKENIZER_FILES
 
 GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 50_000_000
 CONFIG_FILE = "config.json"
-ADAPTER_FILE = "adapter_config.json"
 GENERATION_FILE = "generation_config.json"
 DOWNLOAD_PATTERNS = ["*.safetensors", INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -72,35 +79,39 @@ def open_source(path: Path, name: str) -> SourceFolder:
         FileNotFoundError: config.json or the weights are missing.
         ValueError: pickles only, an index that leaves the folder or contradicts the files, malformed JSON or headers.
     """
-    if (path / MANIFEST).is_file():
+    present = sorted(file.name for file in path.iterdir())
+    weights = [file for file in present if file.endswith(".safetensors")]
+    gguf = [file for file in present if file.endswith(GGUF_SUFFIX)]
+    if MANIFEST in present:
         raise ValueError(f"{path}: is a ttt_lit checkpoint already; import reads Hugging Face folders")
-    if (gguf := sorted(p.name for p in path.iterdir() if p.suffix == GGUF_SUFFIX)) and not any(
-        path.glob("*.safetensors")
-    ):
+    if gguf and not weights:
         raise ValueError(_gguf_advice(path, gguf[0]))
-    if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+    if "adapter_config.json" in present and CONFIG_FILE not in present:
         raise ValueError(
             f"{path}: is an adapter (LoRA), not a model; merge it into its base model (peft: merge_and_unload, then save_pretrained) "
             "and import that"
         )
-    config_text = read_json_text(path, CONFIG_FILE)
-    config = parse_object(path / CONFIG_FILE, config_text)
-    generation = read_json_text(path, GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
-    weights, index, notes = _weight_files(path)
-    tensors = stored_tensors(weights)
+    config_text = _read_text(path, CONFIG_FILE)
+    config = _parse_object(path / CONFIG_FILE, config_text)
+    pickles = [file for file in present if file.endswith(PICKLE_SUFFIXES)]
+    used, index = _weight_files(path, weights, pickles)
+    tensors = read_headers(contained_file(path, file) for file in used)
     if index is not None:
         _check_index(path, index, tensors)
-    if "auto_map" in config or any(path.glob("*.py")):
+    notes = [f"not read: {', '.join(pickles)} (pickle files can run code)"] if pickles else []
+    if aside := [file for file in weights if file not in used]:
+        notes.append(f"not read: {', '.join(aside)} (no part of the checkpoint's index)")
+    if "auto_map" in config or any(file.endswith(".py") for file in present):
         notes.append("config.json or the folder names code of its own (auto_map); it was neither run nor copied")
-    read = [path / n for n in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES) if (path / n).is_file()]
+    read = {CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES, *used}
     return SourceFolder(
         path=path,
         name=name,
         config=config,
         config_text=config_text,
-        generation_text=generation,
+        generation_text=_read_text(path, GENERATION_FILE) if GENERATION_FILE in present else None,
         tensors=tensors,
-        files=tuple(sorted([*read, *weights])),
+        files=tuple(path / file for file in present if file in read and (path / file).is_file()),
         notes=tuple(notes),
     )
 
@@ -126,8 +137,7 @@ def contained_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json_text(folder: Path, name: str) -> str:
-    """The text of a small JSON file in ``folder``."""
+def _read_text(folder: Path, name: str) -> str:
     path = contained_file(folder, name)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
@@ -137,8 +147,7 @@ def read_json_text(folder: Path, name: str) -> str:
         raise ValueError(f"{path}: not UTF-8 text") from None
 
 
-def parse_object(path: Path, text: str) -> dict[str, Any]:
-    """A JSON object, or a one-line error that names the file."""
+def _parse_object(path: Path, text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -148,30 +157,42 @@ def parse_object(path: Path, text: str) -> dict[str, Any]:
     return parsed
 
 
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:
-    """Files to read, the index's weight map if there is one, and notes about files left aside."""
-    present = sorted(p.name for p in path.iterdir() if p.name.endswith(".safetensors"))
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    notes = [f"not read: {', '.join(pickles)} (pickle files can run code)"] if pickles else []
-    if SINGLE_FILE in present and (path / INDEX_FILE).is_file():
+def _weight_files(path: Path, present: list[str], pickles: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """Files to read, and the index's weight map if there is one."""
+    indexed = (path / INDEX_FILE).is_file()
+    if SINGLE_FILE in present and indexed:
         raise ValueError(f"{path}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is not meant")
     if SINGLE_FILE in present:
-        used, index = [SINGLE_FILE], None
-    elif (path / INDEX_FILE).is_file():
+        return [SINGLE_FILE], None
+    if indexed:
         index = _read_index(path)
-        used = sorted(set(index.values()))
-    elif pickles and not present:
+        return sorted(set(index.values())), index
+    if pickles and not present:
         raise ValueError(
             f"{path}: only pickle files ({', '.join(pickles)}), which can run code; if you trust them, convert to safetensors: "
             f"{_convert(path)}"
         )
-    else:
-        raise FileNotFoundError(
-            f"{path}: no {SINGLE_FILE} and no {INDEX_FILE}; found {present or 'no safetensors file'}"
-        )
-    if aside := sorted(set(present) - set(used)):
-        notes.append(f"not read: {', '.join(aside)} (no part of the checkpoint's index)")
-    return [contained_file(path, name) for name in used], index, notes
+    raise FileNotFoundError(f"{path}: no {SINGLE_FILE} and no {INDEX_FILE}; found {present or 'no safetensors file'}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _parse_object(path / INDEX_FILE, _read_text(path, INDEX_FILE)).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
+        raise ValueError(f"{path / INDEX_FILE}: weight_map has to map tensor names to file names")
+    if other := sorted({name for name in index.values() if not name.endswith(".safetensors")}):
+        raise ValueError(f"{path / INDEX_FILE}: names files that are not safetensors: {', '.join(other)[:200]}")
+    return index
+
+
+def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    found = {key: tensor.file.name for key, tensor in tensors.items()}
+    problems = [
+        f"{key} is in {found.get(key, 'no file')}, not in {index.get(key, 'the index')}"
+        for key in sorted(index.keys() | found)
+        if index.get(key) != found.get(key)
+    ]
+    if problems:
+        raise ValueError(f"{path / INDEX_FILE}: contradicts the files: {'; '.join(problems)}")
 
 
 def _gguf_advice(folder: Path, name: str) -> str:
@@ -194,39 +215,9 @@ def _convert(folder: Path, gguf: str | None = None) -> str:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    index = parse_object(path / INDEX_FILE, read_json_text(path, INDEX_FILE)).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
-        raise ValueError(f"{path / INDEX_FILE}: weight_map has to map tensor names to file names")
-    if other := sorted({name for name in index.values() if not name.endswith(".safetensors")}):
-        raise ValueError(f"{path / INDEX_FILE}: names files that are not safetensors: {', '.join(other)[:200]}")
-    return index
-
-
-def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
-    problems = [f"{key} is not in {index[key]}" for key in index if key not in tensors]
-    problems += [f"{key} is in {t.file.name} but not in the index" for key, t in tensors.items() if key not in index]
-    problems += [
-        f"{key} is in {t.file.name}, not in {index[key]}"
-        for key, t in tensors.items()
-        if index.get(key, t.file.name) != t.file.name
-    ]
-    if problems:
-        raise ValueError(f"{path / INDEX_FILE}: contradicts the files: {'; '.join(problems)}")
-
-
 def _download(repo: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
     try:
-        path = Path(snapshot_download(repo, allow_patterns=DOWNLOAD_PATTERNS))
+        path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=DOWNLOAD_PATTERNS))
     except GatedRepoError:
         raise ValueError(
             f"{repo}: access is restricted; accept the licence at https://huggingface.co/{repo} and log in with "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ttt_lit.families import gemma3, qwen2, ttt_e2e
+from ttt_lit.families import gemma3, qwen2
 from ttt_lit.families.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2.FAMILY, gemma3.FAMILY, ttt_e2e.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen2.FAMILY, gemma3.FAMILY)}
 
 
 def family_named(name: str) -> Family:
@@ -28,9 +28,8 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     Raises:
         ValueError: no or an unknown ``model_type``; the message lists the known ones.
     """
-    wanted = config.get("model_type")
     for family in FAMILIES.values():
-        if wanted in family.model_types:
+        if config.get("model_type") == family.model_type:
             return family
-    known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
-    raise ValueError(f"config.json: model_type is {wanted!r}, expected one of {known}")
+    known = sorted(family.model_type for family in FAMILIES.values())
+    raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected one of {known}")

@@ -2,113 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from transformers import PreTrainedConfig
 
-from ttt_lit.families.keys import RenameRules
 from ttt_lit.model.spec import ModelSpec
-
-ReadConfig = Callable[[Mapping[str, Any]], ModelSpec]
-WriteConfig = Callable[[ModelSpec, Mapping[str, Any] | None], dict[str, Any]]
-Shapes = dict[str, tuple[int, ...]]
-Layout = Literal["same", "transposed", "paired_rows", "paired_vector"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where one of our parameters lives in the family's checkpoint and how to read it from there."""
-
-    key: str
-    """Stored name."""
-    index: int | None = None
-    """Position on axis 0 where several layers share one stored tensor. None: the whole tensor."""
-    layout: Layout = "same"
-    """How the stored values are arranged: ``transposed`` is (in, out); the ``paired`` ones are rotated by RoPE in
-    adjacent pairs, as transposed projection (``paired_rows``) or as a vector over the head (``paired_vector``)."""
-    heads: int = 1
-    """Heads along the rotated axis, for the ``paired`` layouts."""
-
-    def to_ours(self, stored: torch.Tensor) -> torch.Tensor:
-        """Our parameter from the stored tensor (the layer's own slice, without axis 0)."""
-        if self.layout in ("transposed", "paired_rows"):
-            stored = stored.t()
-        return _halves_from_pairs(stored, self.heads) if self.layout.startswith("paired") else stored
-
-    def to_theirs(self, ours: torch.Tensor) -> torch.Tensor:
-        """Inverse of ``to_ours``."""
-        if self.layout.startswith("paired"):
-            ours = _pairs_from_halves(ours, self.heads)
-        return ours.t() if self.layout in ("transposed", "paired_rows") else ours
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One kind of checkpoint."""
+    """One kind of Hugging Face checkpoint: each of our parameters is one stored tensor of the same shape."""
 
     name: str
     """Name in the table of families and in our checkpoint folder."""
-    model_types: tuple[str, ...]
-    """Values of ``model_type`` in config.json that belong to this family."""
-    spec_from_config: ReadConfig
-    """Parsed config.json -> spec. Refuses, by field name, what it does not implement."""
-    config_from_spec: WriteConfig | None
-    """Spec and the config it came from (or None) -> config.json. None: the family has no Hugging Face model class."""
-    stored_shapes: Callable[[ModelSpec], Shapes]
-    """Every tensor that a checkpoint of this spec must hold, by stored name."""
-    sources: Callable[[ModelSpec], dict[str, Source]]
-    """Our parameter -> where it is stored, for every name in ``spec.parameter_shapes()``."""
-    dropped: Callable[[ModelSpec], dict[str, str]]
-    """Stored names that may be present although the spec has no use for them, with the reason."""
-    head_key: str | None
-    """Stored name of the output head, which a tied checkpoint may hold as a copy of the embedding. None: never."""
-    default_positions: int = 0
-    """``max_position_embeddings`` that a config.json without the field stands for."""
+    config_class: type[PreTrainedConfig]
+    """transformers' class of the config.json."""
+    spec_from_config: Callable[[Mapping[str, Any]], ModelSpec]
+    """Parsed config.json -> spec. Refuses, by key, what it does not implement."""
+    not_expressible: Callable[[ModelSpec], list[str]]
+    """What this family's models cannot be, one entry each for an error message."""
+    write: Callable[[ModelSpec, dict[str, Any]], None]
+    """Puts the fields of the spec into a config and removes those that would contradict them."""
+    stored_name: Callable[[str], str]
+    """Our parameter name -> its name in the family's checkpoints."""
     refused_by_vllm: Callable[[ModelSpec], list[str]] = lambda _: []
     """What vLLM's class of this model type does not run although transformers does, one entry each for an error message."""
 
+    @property
+    def model_type(self) -> str:
+        """Value of ``model_type`` in config.json."""
+        return self.config_class.model_type
 
-def renamed_family(
-    *,
-    name: str,
-    model_types: tuple[str, ...],
-    rules: RenameRules,
-    spec_from_config: ReadConfig,
-    config_from_spec: WriteConfig,
-    default_positions: int,
-    refused_by_vllm: Callable[[ModelSpec], list[str]] = lambda _: [],
-) -> Family:
-    """A family that stores each of our parameters as one tensor of the same shape, under another name."""
+    @property
+    def default_positions(self) -> int:
+        """``max_position_embeddings`` that a config.json without the field stands for."""
+        return int(self.config_class().max_position_embeddings)
 
-    def sources(spec: ModelSpec) -> dict[str, Source]:
-        return {ours: Source(key=theirs) for ours, theirs in rules.map_to_theirs(spec.parameter_shapes()).items()}
+    def stored_names(self, spec: ModelSpec) -> dict[str, str]:
+        """Our parameter -> its stored name, for every name in ``spec.parameter_shapes()``."""
+        return {name: self.stored_name(name) for name in spec.parameter_shapes()}
 
-    def stored_shapes(spec: ModelSpec) -> Shapes:
-        shapes = spec.parameter_shapes()
-        return {source.key: shapes[ours] for ours, source in sources(spec).items()}
+    def config_from_spec(self, spec: ModelSpec, source: Mapping[str, Any] | None) -> dict[str, Any]:
+        """config.json for ``spec``; a ``source`` that still means the same model is kept as it is, and fields that still hold are.
 
-    return Family(
-        name=name,
-        model_types=model_types,
-        spec_from_config=spec_from_config,
-        config_from_spec=config_from_spec,
-        stored_shapes=stored_shapes,
-        sources=sources,
-        dropped=lambda _: {},
-        head_key=rules.to_theirs("lm_head.weight"),
-        default_positions=default_positions,
-        refused_by_vllm=refused_by_vllm,
-    )
-
-
-def _halves_from_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Axis 0 from adjacent RoPE pairs (0, 1), (2, 3), ... to half-split pairs (i, i + d/2), head by head."""
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
-
-
-def _pairs_from_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor.shape)
+        Raises:
+            ValueError: something that a model of this family cannot be; the message lists it all.
+        """
+        if spec.score_scale == spec.head_dim**-0.5:
+            spec = dataclasses.replace(spec, score_scale=None)
+        if problems := self.not_expressible(spec):
+            raise ValueError(f"a {self.model_type} config.json cannot express: " + "; ".join(problems))
+        config = dict(source or {})
+        # The code it points to is not part of a checkpoint folder.
+        config.pop("auto_map", None)
+        if source is not None and self.spec_from_config(config) == spec:
+            return config
+        config["model_type"] = self.model_type
+        self.write(spec, config)
+        if self.spec_from_config(config) != spec:
+            raise ValueError("the exported config.json would mean another model: this is a defect, please report it")
+        return config

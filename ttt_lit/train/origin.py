@@ -86,12 +86,11 @@ def origin_of_checkpoint(path: str) -> Origin:
             f"model.start.init_from: {path} does not exist; make it with: python cli.py import --source DIR_OR_HUB_ID --output {path}"
         )
     checkpoint = load_checkpoint(path)
-    source = checkpoint.path / "source" / "config.json"
     return Origin(
         spec=checkpoint.spec,
         family=checkpoint.family,
         lineage=checkpoint.lineage,
-        source_config=source.read_text(encoding="utf-8") if checkpoint.source_config is not None else None,
+        source_config=checkpoint.source_config,
         generation_config=checkpoint.generation_config,
         tokenizer=checkpoint.tokenizer,
         tokenizer_hash=checkpoint.tokenizer_hash,

@@ -13,9 +13,9 @@ from helpers.tiny import random_decoder, random_tokens, tiny_spec, ttt_layer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import ttt_lit.train.reference as reference
+import ttt_lit.reference.check as reference
 from ttt_lit.model.spec import LayerSpec
-from ttt_lit.train.reference import (
+from ttt_lit.reference.check import (
     FINAL_LIMIT,
     LIMITS,
     check_case,

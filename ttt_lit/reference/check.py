@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ttt_lit.families.ttt_e2e import spec_from_case, state_from_reference, state_to_reference, switched_off
+from ttt_lit.checkpoint.tensors import shapes_of
 from ttt_lit.model.decoder import Decoder
 from ttt_lit.model.spec import Mode, ModelSpec
+from ttt_lit.reference.layout import spec_from_case, state_from_reference, state_to_reference, switched_off
 from ttt_lit.train.optim import OptimConfig, build_optimizer, clip_gradients, group_names, set_lr
 from ttt_lit.train.schedule import InnerLRSchedule, LRSchedule
 from ttt_lit.ttt.model import TTTModel
@@ -71,15 +72,10 @@ class CaseErrors:
         return all(error <= limit for error in exact) and (self.final is None or self.final <= FINAL_LIMIT)
 
     def fields(self) -> dict[str, str]:
-        fields = {
-            "loss_err": f"{self.loss:.1e}",
-            "nll_err": f"{self.nll:.1e}",
-            "grad_err": f"{self.grad:.1e}",
-            "worst": self.worst,
-        }
-        if self.losses is not None and self.final is not None:
-            fields |= {"losses_err": f"{self.losses:.1e}", "final_err": f"{self.final:.1e}"}
-        return fields
+        def shown(*names: str) -> dict[str, str]:
+            return {f"{n}_err": f"{error:.1e}" for n in names if (error := getattr(self, n)) is not None}
+
+        return shown("loss", "nll", "grad") | {"worst": self.worst} | shown("losses", "final")
 
 
 def read_case(path: str | Path) -> Case:
@@ -99,7 +95,7 @@ def read_case(path: str | Path) -> Case:
         config = json.loads(metadata["config"])
         case = Case(path.stem, config, spec_from_case(config), tensors)
         _check_complete(case)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a golden file: {error}") from error
     return case
 
@@ -130,7 +126,7 @@ def check_case(case: Case, dtype: torch.dtype, *, engine: EngineConfig = EngineC
     tokens = case.tensors["tokens"].long()
     out = _forward(model, case, tokens[0], step=0)
     out.loss.backward()
-    gradients = state_to_reference(case.spec, _gradients(model), _shapes(case.group("grad.")))
+    gradients = state_to_reference(case.spec, _gradients(model), shapes_of(case.group("grad.")))
     by_tensor = {name: error(gradients[name], stored) for name, stored in case.group("grad.").items()}
     worst = max(by_tensor, key=lambda name: _orderable(by_tensor[name]))
     losses = final = None
@@ -226,7 +222,7 @@ def _train(case: Case, dtype: torch.dtype, engine: EngineConfig) -> tuple[float,
         set_lr(optimizer, dict.fromkeys(group_names(optimizer), outer_lr(step)))
         optimizer.step()
         losses.append(out.loss.detach())
-    ours = state_to_reference(case.spec, model.decoder.state_dict(), _shapes(case.group("weight.")))
+    ours = state_to_reference(case.spec, model.decoder.state_dict(), shapes_of(case.group("weight.")))
     ours.update({name: p.detach() for name, p in idle.items()})
     final = case.group("final.")
     finals = [
@@ -237,10 +233,6 @@ def _train(case: Case, dtype: torch.dtype, engine: EngineConfig) -> tuple[float,
 
 def _gradients(model: TTTModel) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.decoder.named_parameters()}
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _orderable(value: float) -> float:
