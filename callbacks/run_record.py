@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -25,6 +26,7 @@ from ttt_lit.train.evaluation import bucketed
 from ttt_lit.train.module import TTTModule
 from ttt_lit.train.origin import parents
 from ttt_lit.train.stages import Context, StagePlan
+from ttt_lit.train.transition import conversion
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "litdata", "safetensors", "numpy")
 
@@ -146,7 +148,8 @@ class RunRecorder(L.Callback):
         )
         if seen is None:
             return stage
-        stage.transition = seen.transition
+        if seen.transition is not None:  # resume files of before do not know its words
+            stage.transition = dataclasses.replace(seen.transition, kind=conversion(plan))
         if seen.losses:
             last = seen.losses[-max(1, len(seen.losses) // 10) :]
             stage.train_loss_first = seen.losses[0]

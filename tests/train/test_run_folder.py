@@ -112,7 +112,12 @@ def test_a_run_that_has_begun_keeps_its_first_configuration(tmp_path):
     assert not is_finished(folder)
 
 
-@pytest.mark.parametrize("content", [b'{"status": "fini', b"\xff\xfe", b"{}"])
+def test_a_record_of_another_version_is_as_good(tmp_path):
+    (tmp_path / "record.json").write_text('{"schema_version": 1, "status": "finished", "reason": null}')
+    assert is_finished(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"status": "fini', b"\xff\xfe", b"{}", b"[]"])
 def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path, content):
     (tmp_path / "record.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"record\.json: .*--run\.id.*remove") as caught:

@@ -268,7 +268,7 @@ class TokenDataModule(lightning.LightningDataModule):
         batches = MicroBatches(
             reader=reader,
             order=order,
-            document_starts=np.load(folder / side.document_starts.file),
+            document_starts=np.load(folder / side.document_starts.file, mmap_mode="r"),
             text_tokens=size,
             bos_id=manifest.bos_id,
             batch_size=request.batch_size,

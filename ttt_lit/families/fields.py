@@ -33,6 +33,8 @@ NOT_IMPLEMENTED = {
     "attention_dropout": "dropout",
 }
 """Key of config.json -> what it asks for, in every family."""
+ANY_VALUE = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping")
+"""Of these keys null alone asks for nothing; of others false and 0 do too."""
 
 
 def read_config(
@@ -57,8 +59,11 @@ def read_config(
     for name in SIZES.values():
         if not 1 <= getattr(config, name) <= MAX_SIZE:
             raise ValueError(f"config.json: {name} is {getattr(config, name)}, expected 1 to {MAX_SIZE}")
+    if not 0 < config.rms_norm_eps < math.inf:
+        raise ValueError(f"config.json: rms_norm_eps is {config.rms_norm_eps}, expected a positive number")
     for name, what in (NOT_IMPLEMENTED | dict(not_implemented)).items():
-        if value := getattr(config, name, None):
+        value = getattr(config, name, None)
+        if value or (value is not None and name in ANY_VALUE):
             raise ValueError(f"config.json: {name} is {str(value)[:100]}; {what} is not implemented")
     if unknown := sorted(set(config.layer_types) - {FULL, SLIDING}):
         raise ValueError(f"config.json: layer_types has {unknown}; only {FULL} and {SLIDING} are implemented")

@@ -63,7 +63,7 @@ class SlurmBackend(Backend):
     def __init__(self, settings: SlurmSettings, entry: str) -> None:
         self.settings, self.entry = settings, entry
         self._jobs: dict[str, Any] = {}
-        """Name of a run → its job; None: a launcher has none, or not any more."""
+        """Name of a run → its job; None: no job of a launcher is known or running."""
 
     def submit(self, folder: Path, parameters: dict[str, Any], job: FitJob) -> Any:
         """Put a job into the queue; returns it with ``job_id``, ``done()`` and ``state``."""

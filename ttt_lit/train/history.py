@@ -69,8 +69,10 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``. Of a proof whatever the record does not hold is dropped: older files have more."""
         names = {each.name for each in dataclasses.fields(Transition)}
-        stages = {name: dict(stage) for name, stage in state["stages"].items()}
+        stages = {name: dataclasses.asdict(StageHistory()) | stage for name, stage in state["stages"].items()}
         for stage in stages.values():
             if stage["transition"] is not None:
                 stage["transition"] = {"kind": ""} | {k: v for k, v in stage["transition"].items() if k in names}
-        vars(self).update(vars(decode(History, state | {"stages": stages}, "history", True)))
+        vars(self).update(
+            vars(decode(History, dataclasses.asdict(History()) | state | {"stages": stages}, "history", True))
+        )

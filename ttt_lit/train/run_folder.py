@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from ttt_lit.record.codec import write_atomic
-from ttt_lit.record.schema import ENDED, RECORD_NAME, RunRecord
+from ttt_lit.record.codec import refuse_constant, write_atomic
+from ttt_lit.record.schema import ENDED, RECORD_NAME, Status
 from ttt_lit.train.lock import RunLock
 from ttt_lit.train.resume import resume_file
 
@@ -70,16 +71,19 @@ def has_ended(folder: Path) -> bool:
     return path.is_file() and _ending(path)[0] in ENDED
 
 
-def _ending(path: Path) -> tuple[str, str | None]:
-    """Status and reason of a record. ValueError in one line for anything that no run writes."""
+def _ending(path: Path) -> tuple[Status, str | None]:
+    """Status and reason of a record of any version: the rest is written anew. ValueError in one line for what no run writes."""
     try:
-        record = RunRecord.read(path)
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        status, reason = (record.get("status"), record.get("reason")) if isinstance(record, dict) else (None, None)
+        if status not in get_args(Status) or not isinstance(reason, str | None):
+            raise ValueError(f"got status {status!r:.80} and reason {reason!r:.80}")
     except ValueError as error:  # of the text's encoding, too
         raise ValueError(
-            f"{error}; bring the file back, or give another --run.id, or remove the file: then the run continues from its last resume "
-            "file, or from the beginning if it has none, and writes its record anew"
+            f"{path}: not a readable run record: {error}; bring the file back, or give another --run.id, or remove the file: then the run "
+            "continues from its last resume file, or from the beginning if it has none, and writes its record anew"
         ) from error
-    return record.status, record.reason
+    return status, reason
 
 
 class _Before:

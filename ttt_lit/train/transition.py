@@ -48,15 +48,15 @@ class TransitionProof:
 
     def record(self, plan: StagePlan) -> Transition:
         """As the run's record has it."""
-        sinks = f" with {plan.sink_tokens} sinks" if plan.sink_tokens else ""
-        attention = "attention as imported" if plan.window is None else f"window {plan.window}{sinks}"
-        return Transition(
-            kind=f"{attention}, mode {plan.config.mode}, context {plan.context}",
-            preserves=self.preserves,
-            before=self.before,
-            after=self.after,
-            tolerance=self.tolerance,
-        )
+        numbers = {name: getattr(self, name) for name in ("preserves", "before", "after", "tolerance")}
+        return Transition(kind=conversion(plan), **numbers)
+
+
+def conversion(plan: StagePlan) -> str:
+    """What a stage converts the network to, in words."""
+    sinks = f" with {plan.sink_tokens} sinks" if plan.sink_tokens else ""
+    attention = "attention as imported" if plan.window is None else f"window {plan.window}{sinks}"
+    return f"{attention}, mode {plan.config.mode}, context {plan.context}"
 
 
 def still(mode: Mode) -> Mode:
