@@ -62,7 +62,7 @@ class Table:
 
     def text(self) -> str:
         """For a terminal: as wide as it is, or else as the cells need."""
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
         for name, number in zip(self.header, self.numeric, strict=True):
             grid.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in self.rows:
