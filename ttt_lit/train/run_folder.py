@@ -71,7 +71,7 @@ def has_ended(folder: Path) -> bool:
     return path.is_file() and _ending(path)[0] in ENDED
 
 
-def _ending(path: Path) -> tuple[Status, str | None]:
+def _ending(path: Path) -> tuple[str, str | None]:
     """Status and reason of a record of any version: the rest is written anew. ValueError in one line for what no run writes."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
