@@ -21,7 +21,7 @@ SIZE = {
             **{"short": tiny.SHORT, "long": tiny.LONG, "chunk": tiny.CHUNK, "window": tiny.CHUNK},
             **{"tokens_per_step": 128, "micro_batch_tokens": 128},
         },
-        "budget": {"tokens": 20 * 128},
+        "budget": {"tokens": 40 * 128},
         "validation": {"blocks": 4, "subset": 2, "damage_blocks": 2},
     },
     "data": {"short": "artifacts/demo/data/short", "long": "artifacts/demo/data/long"},

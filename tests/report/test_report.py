@@ -146,6 +146,8 @@ def test_a_table_is_as_wide_as_the_terminal_and_else_as_its_cells(make_record, m
     table = run_tables([make_record()])[0]
     assert len(table.text().splitlines()) == 3 + len(table.rows)
     monkeypatch.setenv("COLUMNS", "80")
+    assert len(table.text().splitlines()) == 3 + len(table.rows)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert max(map(len, table.text().splitlines())) <= 80
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class Table:
             grid.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in self.rows:
             grid.add_row(*(_shown(cell, " ") for cell in row))
-        width = shutil.get_terminal_size((_UNBOUNDED, 0)).columns
+        width = shutil.get_terminal_size((_UNBOUNDED, 0)).columns if sys.stdout.isatty() else _UNBOUNDED
         file = io.StringIO()
         Console(file=file, width=width, color_system=None, markup=False, highlight=False, emoji=False).print(grid)
         return "\n".join([self.title, *(line.rstrip() for line in file.getvalue().splitlines())])
