@@ -76,7 +76,7 @@ def _ending(path: Path) -> tuple[str, str | None]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
         status, reason = (record.get("status"), record.get("reason")) if isinstance(record, dict) else (None, None)
-        if status not in get_args(Status) or not isinstance(reason, str | None):
+        if not isinstance(status, str) or status not in get_args(Status) or not isinstance(reason, str | None):
             raise ValueError(f"got status {status!r:.80} and reason {reason!r:.80}")
     except ValueError as error:  # of the text's encoding, too
         raise ValueError(
