@@ -133,6 +133,9 @@ def test_shards_without_a_journal_are_not_taken_for_ours(packed_config, tmp_path
     (interrupt(config, monkeypatch, 3) / ".progress" / "journal.npz").unlink()
     with pytest.raises(ValueError, match="shards without journal.npz"):
         prepare(config)
+    (tmp_path / "data.partial" / ".progress" / "journal.json").write_text("{}")
+    with pytest.raises(ValueError, match="begun by an older version; delete it"):
+        prepare(config)
 
 
 def test_resuming_refuses_what_is_not_as_it_was(packed_config, tmp_path, monkeypatch):

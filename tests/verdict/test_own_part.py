@@ -12,7 +12,7 @@ from ttt_lit.report.console import decision
 from ttt_lit.report.page import build_page
 from ttt_lit.report.sheets import differences_csv
 from ttt_lit.verdict.comparison import flags
-from ttt_lit.verdict.formats import interval_text
+from ttt_lit.verdict.formats import interval
 from ttt_lit.verdict.own_part import ceiling_sentence, controls, own_part_gate
 from ttt_lit.verdict.study import read_study
 from ttt_lit.verdict.two_by_two import cells, effects
@@ -190,7 +190,7 @@ def test_the_sheet_of_differences_and_the_terminal_have_the_same_numbers(study):
     assert float(row["share_of_ceiling"]) == interaction.interval.estimate / 0.02
     assert (row["usable"], found["q_p1_bridge", "q_static"]["usable"]) == ("true", "false")
     (text,) = decision([record for arm in study.arms for record in arm.records])
-    assert f"{interval_text(interaction.interval)} (−950% of the ceiling)" in text
+    assert f"{' '.join(interval(interaction.interval))} (−950% of the ceiling)" in text
     assert (
         "What the gate can tell: All context beyond the window of 8,192 tokens is worth 0.0200 [0.0150, 0.0250]" in text
     )

@@ -211,8 +211,10 @@ class _Run:
     def start(self) -> None:
         """Begin, or continue what the journal records."""
         if not self.journal.is_file():
-            if any(self.folder.rglob("chunk-*.bin")):
-                raise ValueError(f"{self.folder}: shards without {self.journal.name}; delete it and run prepare again")
+            older = self.journal.with_suffix(".json").is_file()
+            if older or any(self.folder.rglob("chunk-*.bin")):
+                what = "begun by an older version" if older else f"shards without {self.journal.name}"
+                raise ValueError(f"{self.folder}: {what}; delete it and run prepare again")
             self.journal.parent.mkdir(parents=True, exist_ok=True)
             self.save()
             return

@@ -25,8 +25,10 @@ DTYPE = "int32"
 MAX_SHARD_TOKENS = 2**29
 """LitData's offsets inside a chunk are 32-bit byte counts."""
 OPEN_SHARDS = 64
+"""Of all readers of a process together."""
 SHARDS_PER_GROUP = 8
 GROUPS_IN_MEMORY = 4
+"""Of all orders of a process together."""
 INSTALL_LITDATA = "pip install --no-deps litdata==0.2.76"
 _IMPORT_ERRORS = (ImportError, RuntimeError, OSError)
 _PIECE = 1 << 20

@@ -63,6 +63,8 @@ def remarks(family: FamilyStudy, judged: Sequence[CandidateGates]) -> Iterator[s
     """What the numbers of the conversions cannot say: that some are missing, flagged, or of other devices."""
     if judged and family.baseline is None:
         yield "There is no baseline to compare with."
+    elif judged and family.baseline is not None and family.baseline.loss is None:
+        yield f"{family.baseline.name}: the baseline has no loss."
     for each in judged:
         arm = family.matched(each.experiment, each.variant)
         if each.variant:
@@ -73,6 +75,9 @@ def remarks(family: FamilyStudy, judged: Sequence[CandidateGates]) -> Iterator[s
             yield f"{each.name}: no loss was measured{'' if arm.finished else ', the run did not finish'}."
         elif family.baseline is not None:
             yield from _against(arm, family.baseline)
+    for control, role in ((family.fa_scratch, "fa_scratch"), (family.fa_import, "fa_import")):
+        if judged and control is None:
+            yield f"There is no run with the role {role}: differences to it are missing."
 
 
 def _against(arm: Arm, baseline: Arm) -> Iterator[str]:

@@ -27,11 +27,6 @@ def interval(value: Interval | Change) -> tuple[str, str]:
     return change(value.estimate), f"[{change(value.low)}, {change(value.high)}]"
 
 
-def interval_text(value: Interval | Change) -> str:
-    """``+0.0040 [−0.0021, +0.0101]``."""
-    return " ".join(interval(value))
-
-
 def nats(value: Interval | Change) -> str:
     """``+0.0040 [−0.0021, +0.0101] nats per token``."""
     estimate, ends = interval(value)
